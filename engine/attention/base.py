@@ -1,0 +1,73 @@
+"""The seam between a layer and the past: a layer hands over q, k, v and gets the attended output.
+
+Layouts (R rows, T new positions of all rows packed, W blocks in the widest table):
+
+    q          (T, heads, head_dim)       any strides, last axis contiguous
+    k, v       (T, kv_heads, head_dim)    likewise; heads is a multiple of kv_heads (query head h reads kv head h // group)
+    K blocks   (blocks, kv_heads, head_dim, block_size)    keys transposed inside a block: a vector register holds one
+                                                           channel of many keys, so scores need no horizontal sums
+    V blocks   (blocks, kv_heads, block_size, head_dim)
+
+Row r owns packed positions [query_start[r], query_start[r+1]); its query i stands at absolute position
+past_length[r] + i and sees keys [0, past_length[r] + i] when `causal`, else [0, present_length[r]).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """One batch as a backend reads it. All tensors are on the model's device."""
+
+    query_start: Tensor  # int32 (R + 1,)
+    past_length: Tensor  # int32 (R,)
+    present_length: Tensor  # int32 (R,)
+    block_table: Tensor  # int32 (R, W), padded with the null block
+    positions: Tensor  # int64 (T,) absolute position of each packed position
+    slots: Tensor  # int64 (T,) block * block_size + offset that its K and V are written to
+    causal: bool
+    bias: Tensor | None = None  # float32 (sum n_r * present_length[r],), added to scores; row r's part is row-major (n_r, present_length[r])
+    bias_start: Tensor | None = None  # int64 (R + 1,) offsets into `bias`
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotary tables, float32 (max_length, rotary_dim / 2). The first rotary_dim channels of a head are rotated as two
+    halves (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), as Hugging Face's Llama does; the rest pass through."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Backend(Protocol):
+    """What stands between a layer's linears. Chosen once at start; `sdpa` is the slow truth of every other one."""
+
+    name: str
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_blocks: Tensor,
+        v_blocks: Tensor,
+        inputs: AttentionInputs,
+        rotary: Rotary | None,
+        scale: float,
+    ) -> Tensor:
+        """Rotate q and k, write k and v to `inputs.slots`, attend. Returns (T, heads * head_dim) in q's dtype.
+
+        Scores are q.k * scale in float32; a query whose every key is masked (-inf bias) gives zeros. Slots that hold no
+        valid position may contain anything, NaN too, and must not reach the output."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (T, H). With `residual`: s = x + residual (in x's dtype). Returns (norm(s) * weight, s); float32 inside."""
+        ...
+
+    def silu_gate(self, x: Tensor) -> Tensor:
+        """x (T, 2F) holding (gate, up) side by side -> silu(gate) * up, (T, F); float32 inside."""
+        ...

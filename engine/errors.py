@@ -1,0 +1,96 @@
+"""Everything the engine can refuse, as one tree.
+
+    EngineError
+    ├── InvalidInput          a value, shape or dtype is wrong          (`field` names it)
+    │   └── LengthExceeded    longer than max_length, or than the whole pool
+    ├── ModelNotFound         no model of that name is loaded
+    ├── SessionNotFound       unknown here, or another tenant's: the two must look the same
+    ├── SessionExists         the client-chosen id is taken
+    ├── SessionGone           deleted or expired                        (`reason` says which)
+    ├── WrongState            a step on an empty session
+    ├── Moved                 the version or the length is not what the caller expected
+    ├── Refused               not now, try again                        (`retry_after` seconds)
+    │   ├── QueueFull         too many appends wait
+    │   └── PoolExhausted     no blocks came free before the wait deadline
+    ├── ModelFailed           the forward pass failed; the session is as before
+    └── EngineStopped         stopping or stopped; nothing was applied
+
+A transport maps each leaf to its own status; `None` is never an error here, it means "not now".
+"""
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose. `str(error)` is fit for the caller to read."""
+
+
+class InvalidInput(EngineError):
+    """`field` is the input's name in the caller's words; the message says what would be right."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class LengthExceeded(InvalidInput):
+    """The append would pass the session's max_length, or could never fit the pool."""
+
+
+class ModelNotFound(EngineError):
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"model {name!r} is not loaded; loaded: {', '.join(known) or 'none'}")
+        self.name = name
+
+
+class SessionNotFound(EngineError):
+    def __init__(self) -> None:
+        super().__init__("no such session")
+
+
+class SessionExists(EngineError):
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"session id {session_id!r} is taken; choose another or leave it out")
+
+
+class SessionGone(EngineError):
+    """The session was there and is not any more."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the session is gone: {reason}")
+        self.reason = reason
+
+
+class WrongState(EngineError):
+    """The operation does not apply to the session as it is."""
+
+
+class Moved(EngineError):
+    """A precondition (version or length) does not hold; the session's present state rides along."""
+
+    def __init__(self, message: str, version: int, valid_length: list[int]) -> None:
+        super().__init__(message)
+        self.version = version
+        self.valid_length = valid_length
+
+
+class Refused(EngineError):
+    """Not now. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Refused):
+    """Too many appends wait, on this session or in the engine."""
+
+
+class PoolExhausted(Refused):
+    """No blocks came free before the wait deadline."""
+
+
+class ModelFailed(EngineError):
+    """The forward pass raised; whatever the append had reserved was rolled back."""
+
+
+class EngineStopped(EngineError):
+    """The engine is stopping or has stopped; nothing was applied."""

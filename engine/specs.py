@@ -1,0 +1,51 @@
+"""What a model is to the rest of the engine: data, never code. Dtypes are names ("float16")."""
+
+from dataclasses import dataclass
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named input or output. Its shape is (B, n) + `trailing`; an int fixes an axis, a str names it."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    trailing: tuple[int | str, ...] = ()
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """The shape of one position's keys and values, all layers: what sizes a pool."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: str = "float16"
+
+    @property
+    def position_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A loaded model as its callers see it.
+
+    `causal`: position i attends to [0, i]; when False the caller's attention_mask is the whole truth.
+    `history`: the int input whose values the session keeps (so that a position can be replayed), or None.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    kv: KVSpec
+    causal: bool
+    max_length: int
+    dtype: str
+    device: str
+    fingerprint: str
+    history: str | None = None
+    vocab_size: int | None = None
