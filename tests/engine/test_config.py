@@ -268,7 +268,7 @@ def test_the_old_spelling_of_the_rope_type_and_a_top_level_original_length() -> 
 
 
 def test_a_layer_that_does_not_attend_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="layer_types: is .'linear_attention'"):
+    with pytest.raises(InvalidInput, match=r"layer_types: is \['linear_attention'\]"):
         family("Qwen3ForCausalLM", use_sliding_window=True, layer_types=["linear_attention"])
 
 
