@@ -7,12 +7,14 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A named input or output. Its shape is (B, n) + `trailing`; an int fixes an axis, a str names it."""
+    """A named input or output. Its shape is (B, n) + `trailing`; an int fixes an axis, a str names it.
+    `values`: the lowest and highest that an input's elements may have."""
 
     name: str
     dtypes: tuple[str, ...]
     trailing: tuple[int | str, ...] = ()
     required: bool = True
+    values: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

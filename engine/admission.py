@@ -1,0 +1,138 @@
+"""Whether an append may start: its inputs against the model's spec, its lengths against the session. No tensors."""
+
+import numpy as np
+
+from engine.batch import Append, Want
+from engine.errors import InvalidInput, LengthExceeded, Moved, WrongState
+from engine.session import Session
+from engine.specs import ModelSpec, TensorSpec
+
+
+def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
+    """What can be said without the session's lengths. Raises InvalidInput naming the input."""
+    known = {tensor.name for tensor in spec.inputs}
+    for name in append.inputs:
+        if name not in known:
+            raise InvalidInput(name, f"model {spec.name} takes {', '.join(sorted(known))}")
+    present = [tensor for tensor in spec.inputs if tensor.name in append.inputs]
+    for tensor in spec.inputs:
+        if tensor.required and tensor.name not in append.inputs:
+            raise InvalidInput(tensor.name, "is required")
+    positions = _positions(spec, append)
+    for tensor in present:
+        _check_tensor(tensor, append, batch_size, positions)
+    if append.step and positions != 1:
+        raise InvalidInput(present[0].name, f"a step appends 1 position a row, got {positions}; use prefill")
+    if not spec.causal and not append.step and "attention_mask" not in append.inputs:
+        raise InvalidInput("attention_mask", "is required on prefill: (B, n, T), 1 = attend")
+    if append.batch_valid_length is not None and len(append.batch_valid_length) != batch_size:
+        raise InvalidInput("batch_valid_length", f"needs one length a row, {batch_size}")
+    check_want(spec, append.want)
+
+
+def check_want(spec: ModelSpec, want: Want) -> None:
+    """Raises InvalidInput for an output that the model does not have, or an option out of range."""
+    outputs = {tensor.name for tensor in spec.outputs}
+    asked = {
+        "logits": want.logits != "none",
+        "top_logprobs": want.top_logprobs != 0,
+        "sample": want.sample is not None,
+        "need_weights": want.need_weights,
+    }
+    gives = {"sample": "next_token", "need_weights": "attn_weights"}
+    for option, on in asked.items():
+        if on and gives.get(option, option) not in outputs:
+            raise InvalidInput(option, f"model {spec.name} gives {', '.join(sorted(outputs))}")
+    if spec.vocab_size is not None and not 0 <= want.top_logprobs <= spec.vocab_size:
+        raise InvalidInput("top_logprobs", f"must be 0 to {spec.vocab_size}")
+    sample = want.sample
+    if sample is None:
+        return
+    ranges = {
+        "temperature": 0 <= sample.temperature < float("inf"),
+        "top_p": 0 < sample.top_p <= 1,
+        "top_k": sample.top_k >= 0,
+        "min_p": 0 <= sample.min_p <= 1,
+        "repetition_penalty": 0 < sample.repetition_penalty < float("inf"),
+    }
+    for name, holds in ranges.items():
+        if not holds:
+            raise InvalidInput(f"sample.{name}", f"is out of range, got {getattr(sample, name)}")
+
+
+def new_positions(spec: ModelSpec, append: Append, session: Session, pool_positions: int) -> list[int]:
+    """How many positions each row appends, at the session as it is now. `pool_positions`: what the whole pool holds.
+
+    Raises Moved, WrongState, InvalidInput, LengthExceeded.
+    """
+    check_version(append.expected_version, session)
+    past = session.valid_length
+    n = _positions(spec, append)
+    if append.step and not all(past):
+        raise WrongState("the session is empty: prefill it before the first step")
+    after = [length + n for length in past]
+    if append.batch_valid_length is not None:
+        if append.step and append.batch_valid_length != after:
+            raise Moved(
+                f"batch_valid_length counts the new position: expected {after}, got {append.batch_valid_length}",
+                session.version,
+                past,
+            )
+        after = append.batch_valid_length
+    new = [stop - start for start, stop in zip(past, after, strict=True)]
+    if any(not 0 <= count <= n for count in new) or not any(new):
+        raise InvalidInput(
+            "batch_valid_length",
+            f"each must be past_length + 0 to {n} and at least one row must grow; past_length is {past}, got {after}",
+        )
+    if max(after) > session.max_length:
+        raise LengthExceeded(_first(spec), f"{max(after)} positions pass the session's max_length {session.max_length}")
+    if sum(after) > pool_positions:
+        raise LengthExceeded(_first(spec), f"{sum(after)} positions can never fit the pool of {pool_positions}")
+    mask = append.inputs.get("attention_mask")
+    if mask is not None and mask.shape[2] != max(past) + n:
+        raise InvalidInput(
+            "attention_mask", f"must be (B, n, T) with T = past_length + n = {max(past) + n}, got {mask.shape}"
+        )
+    return new
+
+
+def check_version(expected: int | None, session: Session) -> None:
+    if expected is not None and expected != session.version:
+        message = f"the session is at version {session.version}, not {expected}"
+        raise Moved(message, session.version, session.valid_length)
+
+
+def _first(spec: ModelSpec) -> str:
+    return spec.inputs[0].name
+
+
+def _positions(spec: ModelSpec, append: Append) -> int:
+    """n, as the model's first input has it."""
+    array = append.inputs[_first(spec)]
+    if array.ndim < 2:
+        raise InvalidInput(_first(spec), f"must be (B, n, ...), got shape {array.shape}")
+    if array.shape[1] == 0:
+        raise InvalidInput(_first(spec), "has 0 positions; append at least 1")
+    return int(array.shape[1])
+
+
+def _check_tensor(tensor: TensorSpec, append: Append, batch_size: int, positions: int) -> None:
+    array = append.inputs[tensor.name]
+    if array.dtype.name not in tensor.dtypes:
+        raise InvalidInput(tensor.name, f"dtype must be {' or '.join(tensor.dtypes)}, got {array.dtype.name}")
+    expected = (batch_size, positions, *tensor.trailing)
+    fits = len(array.shape) == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, array.shape, strict=True)
+    )
+    if not fits:
+        shape = ", ".join(str(axis) for axis in expected)
+        raise InvalidInput(tensor.name, f"shape must be ({shape}), got {tuple(array.shape)}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput(tensor.name, "has NaN or infinite values; they would stay in the session's past")
+    if tensor.values is not None:
+        low, high = tensor.values
+        if array.size and (array.min() < low or array.max() > high):
+            raise InvalidInput(tensor.name, f"values must be {low} to {high}, got {array.min()} to {array.max()}")
+    if tensor.values == (0, 1) and not ((array == 0) | (array == 1)).all():
+        raise InvalidInput(tensor.name, "values must be 0 (masked) or 1 (attend)")

@@ -1,0 +1,241 @@
+"""Plain data between the parts: what a caller asks for (Append, Truncate, Generate), and what a batch is made of.
+
+An append of n positions to a sequence of length `past`, run in chunks; every range is half-open:
+
+    0               past          start          stop                     past + n
+    |--- committed ---|--- done ----|--- this Row --|--- later chunks -------|
+                      |<-------------- reserved before the first row ------->|
+
+A *peek* is an append of n = 0: no position is added, the outputs of the last one are given again (from the sequence's
+`tail`; without one, the last position is replayed with its K and V written to the null block).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.session import Sequence, Session
+from engine.stats import SessionInfo
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How the next token is drawn from the logits, in this order: repetition_penalty (divides positive and multiplies
+    negative logits of ids in the history), temperature (0: the argmax, the rest ignored), top_k, top_p, min_p.
+    The draw depends on (seed, row, position) only, so it is the same in any batch."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Which outputs an append gives. A field left at its default asks for nothing beyond the model's own outputs."""
+
+    logits: Literal["none", "last", "all"] = "none"
+    top_logprobs: int = 0
+    sample: Sample | None = None
+    need_weights: bool = False
+    average_attn_weights: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """`outputs` by name: arrays with a leading axis B for what is rectangular over rows."""
+
+    outputs: dict[str, Any]
+    past_length: list[int]
+    valid_length: list[int]
+    version: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(slots=True, eq=False)
+class Append:
+    """n positions a row. `inputs` by name, each (B, n) + the spec's trailing shape.
+
+    `step`: refuse an empty past and any n but 1. `batch_valid_length`: each row's length after the append; row r
+    appends batch_valid_length[r] - past_length[r] of its n positions. `expected_version`: refuse (Moved) at any other.
+    """
+
+    session_id: str
+    inputs: dict[str, Array]
+    tenant: str = ""
+    step: bool = False
+    batch_valid_length: list[int] | None = None
+    expected_version: int | None = None
+    want: Want = Want()
+    future: Future[AppendResult] = field(default_factory=Future)
+
+
+@dataclass(slots=True, eq=False)
+class Truncate:
+    """Back to an earlier length: one for all rows, or one a row."""
+
+    session_id: str
+    length: int | list[int]
+    tenant: str = ""
+    expected_version: int | None = None
+    future: Future[SessionInfo] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One committed position of a generation. A row that appended nothing this turn has None."""
+
+    token_ids: list[int | None]
+    logprobs: list[float | None]
+    past_length: list[int]
+    valid_length: list[int]
+    version: int
+
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    finish_reason: list[FinishReason]
+    past_length: list[int]
+    valid_length: list[int]
+    version: int
+    queue_ms: float
+    compute_ms: float
+
+
+@dataclass(slots=True, eq=False)
+class Generate:
+    """The engine's own loop of sample and step; every token is a commit.
+
+    A row ends before a token of `stop_ids` or one for which `stop(row, token)` is true (neither is appended), at
+    `max_tokens`, or at the session's max_length. `on_token` and `stop` are called on the engine's thread. Setting
+    `cancelled` ends it at the last committed position.
+    """
+
+    session_id: str
+    max_tokens: int
+    tenant: str = ""
+    sample: Sample = Sample()
+    stop_ids: frozenset[int] = frozenset()
+    stop: Callable[[int, int], bool] | None = None
+    on_token: Callable[[TokenEvent], None] | None = None
+    expected_version: int | None = None
+    future: Future[GenerateResult] = field(default_factory=Future)
+    cancelled: bool = False  # set by anyone, at any time
+
+
+Operation = Append | Truncate | Generate
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """An append while the engine runs it: `new[r]` positions for row r, `done[r]` of them computed."""
+
+    session: Session
+    inputs: dict[str, Array]
+    new: list[int]
+    want: Want
+    finish: Callable[[Work, dict[str, Any], BaseException | None], None]  # called once: its outputs, or its error
+    submitted_at: float
+    started_at: float | None = None  # first scheduled
+    compute_ms: float = 0.0
+    reserved: bool = False
+    copies: list[tuple[int, int]] = field(
+        default_factory=list
+    )  # (shared, own) blocks, held until a batch has copied them
+    alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
+    future: Future[Any] | None = None  # cancelled before the first schedule: dropped
+    done: list[int] = field(default_factory=list)
+    results: list[list[RowResult]] = field(default_factory=list)  # a row's chunks in order
+    past_length: list[int] = field(default_factory=list)
+
+    @property
+    def is_peek(self) -> bool:
+        return not any(self.new)
+
+    @property
+    def queue_ms(self) -> float:
+        return 0.0 if self.started_at is None else (self.started_at - self.submitted_at) * 1e3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """A sequence's share of a batch: input positions [start - past, stop - past) of its work's row `index`.
+
+    `table` and `history` are as they were when the batch was scheduled; nobody else changes them meanwhile.
+    `last`: this chunk completes the row. A peek has start = stop = past; `replay` tells that it has no tail.
+    """
+
+    work: Work
+    index: int
+    sequence: Sequence
+    start: int
+    stop: int
+    table: array[int]
+    history: array[int] | None
+    tail: Any
+    last: bool
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def replay(self) -> bool:
+        return self.count == 0 and self.tail is None
+
+    def input(self, name: str) -> Array:
+        """This chunk of the named input, (count, ...)."""
+        past = self.work.past_length[self.index]
+        chunk: Array = self.work.inputs[name][self.index, self.start - past : self.stop - past]
+        return chunk
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a row's chunk gave by name: `positions`, arrays (count, ...); `once`, what only the last chunk gives; and
+    then the new tail."""
+
+    positions: dict[str, Array] = field(default_factory=dict)
+    once: dict[str, Any] = field(default_factory=dict)
+    tail: Any = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The rows of one forward pass."""
+
+    rows: list[Row]
+
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        """(from, to) blocks to copy before the pass, for sequences that leave a shared one to write to their own."""
+        return [copy for work in self.works for copy in work.copies]
+
+    @property
+    def works(self) -> list[Work]:
+        return list(dict.fromkeys(row.work for row in self.rows))
+
+    def __repr__(self) -> str:
+        return f"<Batch {len(self.rows)} rows, {sum(row.count for row in self.rows)} positions>"
+
+
+def concat(chunks: list[Array]) -> Array:
+    """A row's chunks as one (n, ...) array."""
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)

@@ -1,0 +1,23 @@
+"""The engine's settings: frozen, checked once, passed in. Nothing here reads the environment."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`kv_memory` (bytes) is shared out among the pools; the rest bounds one turn of the engine and its queues."""
+
+    kv_memory: int = 1 << 30
+    block_size: int = 16  # positions a block; 16 keys fill one AVX-512 register
+    max_rows: int = 256  # rows of one batch
+    token_budget: int = 512  # new positions of one batch; a longer causal append runs in chunks of at most this
+    max_waiting: int = 4096  # appends waiting in the engine
+    max_waiting_per_session: int = 16
+    wait_seconds: float = 30.0  # an append that got no blocks by then is refused
+    max_sessions: int = 65536
+    tombstones: int = 65536  # gone sessions that still answer 410
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

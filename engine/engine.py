@@ -1,0 +1,559 @@
+"""The engine: admit, run_once (schedule, run, commit), roll back. Everything a transport calls is here.
+
+Threads: one thread calls `run_once` and `wait`; any thread may call the rest. What is decided (sessions, blocks,
+queues) is guarded by one lock that is never held through a forward pass, so forking or deleting never waits for the
+model. A block freed while a forward pass still writes to it is safe: only `run_once` hands blocks out, afterwards.
+"""
+
+import contextlib
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from engine.admission import check_inputs, check_version, check_want, new_positions
+from engine.batch import Append, AppendResult, Batch, Generate, Operation, RowResult, Truncate, Want, Work
+from engine.blocks import BlockPool, blocks_for
+from engine.config import EngineConfig
+from engine.errors import (
+    EngineError,
+    EngineStopped,
+    InvalidInput,
+    ModelFailed,
+    ModelNotFound,
+    PoolExhausted,
+    QueueFull,
+    SessionGone,
+    WrongState,
+)
+from engine.generation import Generation
+from engine.results import gather
+from engine.scheduler import Scheduler
+from engine.session import Sequence, Session, SessionState
+from engine.specs import ModelSpec
+from engine.stats import Capacity, ModelCapacity, Receipt, SessionInfo
+from engine.store import SessionStore
+
+MAX_BATCH_SIZE = 1024
+MAX_FORKS = 256
+
+
+class Runner(Protocol):
+    """What runs a batch on a device. `blocks` counts the null block."""
+
+    spec: ModelSpec
+    blocks: int
+
+    def run(self, batch: Batch) -> list[RowResult]:
+        """Copies the batch's blocks, then one forward pass; a result a row, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    runner: Runner
+    scheduler: Scheduler
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.runner.spec
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.scheduler.pool
+
+
+class Engine:
+    def __init__(self, runners: Iterable[Runner], config: EngineConfig, clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)
+        self._has_news = False
+        self._stopping = False
+        self._waiting = 0
+        self._store = SessionStore(config.max_sessions, config.tombstones, clock)
+        self._served: dict[str, _Served] = {}
+        for runner in runners:
+            scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
+            self._served[runner.spec.name] = _Served(runner, scheduler)
+
+    @property
+    def specs(self) -> dict[str, ModelSpec]:
+        return {name: served.spec for name, served in self._served.items()}
+
+    # Sessions: bookkeeping only, answered at once on the caller's thread.
+
+    def create_session(
+        self,
+        model: str,
+        *,
+        tenant: str = "",
+        session_id: str | None = None,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        ttl_seconds: float | None = None,
+        labels: dict[str, str] | None = None,
+    ) -> SessionInfo:
+        """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, EngineStopped."""
+        with self._lock:
+            self._refuse_when_stopping()
+            served = self._served.get(model)
+            if served is None:
+                raise ModelNotFound(model, sorted(self._served))
+            longest = served.spec.max_length
+            if max_length is not None and not 1 <= max_length <= longest:
+                raise InvalidInput("max_length", f"must be 1 to {longest} for model {model}, got {max_length}")
+            if not 1 <= batch_size <= MAX_BATCH_SIZE:
+                raise InvalidInput("batch_size", f"must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
+            if ttl_seconds is not None and not 0 < ttl_seconds < float("inf"):
+                raise InvalidInput("ttl_seconds", f"must be positive, got {ttl_seconds}")
+            self._expire()
+            session = self._store.open(
+                tenant,
+                model,
+                max_length or longest,
+                [Sequence() for _ in range(batch_size)],
+                session_id=session_id,
+                ttl_seconds=ttl_seconds,
+                labels=labels,
+            )
+            return self._info(session)
+
+    def session(self, session_id: str, tenant: str = "") -> SessionInfo:
+        """Raises SessionNotFound, SessionGone."""
+        with self._lock:
+            return self._info(self._store.find(tenant, session_id))
+
+    def sessions(self, tenant: str = "") -> list[SessionInfo]:
+        """The tenant's sessions, oldest first."""
+        with self._lock:
+            self._expire()
+            return [self._info(session) for session in self._store if session.tenant == tenant]
+
+    def delete_session(self, session_id: str, tenant: str = "") -> Receipt:
+        """Frees every block now, also while an append runs: that append ends with SessionGone."""
+        with self._lock:
+            return self._close(self._store.find(tenant, session_id), "deleted")
+
+    def fork(
+        self, session_id: str, *, tenant: str = "", count: int = 1, at: int | list[int] | None = None
+    ) -> list[SessionInfo]:
+        """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy.
+
+        Raises SessionNotFound, SessionGone, InvalidInput, QueueFull.
+        """
+        with self._lock:
+            self._refuse_when_stopping()
+            parent = self._store.find(tenant, session_id)
+            if not 1 <= count <= MAX_FORKS:
+                raise InvalidInput("count", f"must be 1 to {MAX_FORKS}, got {count}")
+            if len(self._store) + count > self.config.max_sessions:
+                raise QueueFull(f"{count} more sessions pass the limit of {self.config.max_sessions}")
+            lengths = parent.valid_length if at is None else _lengths("at", at, parent)
+            return [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
+
+    def capacity(self) -> Capacity:
+        with self._lock:
+            models = []
+            for name, served in self._served.items():
+                pool, block_bytes = served.pool, self._block_bytes(served)
+                free, used, shared = pool.free, pool.used, pool.shared
+                reserved = sum(
+                    len(sequence.block_table) - blocks_for(sequence.length, self.config.block_size)
+                    for session in self._store
+                    if session.model == name
+                    for sequence in session.sequences
+                )
+                models.append(
+                    ModelCapacity(
+                        name, self.config.block_size, block_bytes, pool.blocks - 1, free, used, shared, reserved
+                    )
+                )
+            return Capacity(models, len(self._store), self._waiting)
+
+    # Operations: in arrival order per session, answered through their future.
+
+    def submit(self, operation: Operation) -> None:
+        """Queues it behind the session's others. Raises what can be said at once (not found, gone, invalid, full)."""
+        with self._lock:
+            self._refuse_when_stopping()
+            session = self._store.find(operation.tenant, operation.session_id)
+            self._check_now(operation, session)
+            if len(session.waiting) >= self.config.max_waiting_per_session:
+                raise QueueFull(f"{len(session.waiting)} operations wait on this session already")
+            if self._waiting >= self.config.max_waiting:
+                raise QueueFull(f"{self._waiting} operations wait already")
+            self._waiting += 1
+            session.waiting.append(operation)
+            self._store.touch(session)
+            self._advance(session)
+            self._tell()
+
+    def run_once(self) -> bool:
+        """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run."""
+        ran = False
+        with self._lock:
+            self._has_news = False
+        for served in self._served.values():
+            with self._lock:
+                self._sweep(served)
+                batch = served.scheduler.schedule(self._clock())
+                if batch is None:
+                    continue
+                for work in batch.works:
+                    if work.future is not None and not work.future.running() and not work.future.done():
+                        work.future.set_running_or_notify_cancel()  # from here on it commits
+            ran = True
+            self._run(served, batch)
+        return ran
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when `run_once` may have something to do, or after `timeout` seconds."""
+        with self._lock:
+            if self._has_news:
+                return
+            deadlines = [session.expires_at for session in self._store if session.expires_at is not None]
+            for served in self._served.values():
+                deadlines.extend(served.scheduler.deadlines(self.config.wait_seconds))
+            if deadlines:
+                first = max(0.0, min(deadlines) - self._clock()) + 0.001
+                timeout = first if timeout is None else min(first, timeout)
+            self._news.wait(timeout)
+
+    def stop(self) -> None:
+        """Refuses new work from now on. What runs or waits still ends; call `run_once` until `idle`."""
+        with self._lock:
+            self._stopping = True
+            self._tell()
+
+    def abort(self, error: BaseException) -> None:
+        """Ends everything that waits with the error; the sessions stay as they are."""
+        with self._lock:
+            self._stopping = True
+            for session in self._store:
+                while len(session.waiting) > 1:
+                    self._waiting -= 1
+                    _reject(session.waiting.pop(), error)
+            for served in self._served.values():
+                for work in served.scheduler.works():
+                    self._fail(served, work, error)
+
+    @property
+    def idle(self) -> bool:
+        with self._lock:
+            return self._waiting == 0
+
+    def check(self) -> None:
+        """Raises RuntimeError unless blocks, tables, lengths and queues agree. Call it any time."""
+        with self._lock:
+            for name, served in self._served.items():
+                sessions = [session for session in self._store if session.model == name]
+                sequences = [sequence for session in sessions for sequence in session.sequences]
+                tables: list[Iterable[int]] = [sequence.block_table for sequence in sequences]
+                served.pool.check([*tables, *served.scheduler.held_for_copies()])
+                for session in sessions:
+                    _check_session(session, served.spec, self.config.block_size)
+            if self._waiting != sum(len(session.waiting) for session in self._store):
+                raise RuntimeError(f"{self._waiting} operations are counted as waiting, the queues say otherwise")
+
+    # What runs.
+
+    def _run(self, served: _Served, batch: Batch) -> None:
+        started = time.perf_counter()
+        error: Exception | None = None
+        results: list[RowResult] = []
+        try:
+            results = served.runner.run(batch)
+        except Exception as failure:  # the model's own code may raise anything; one batch is lost, the engine is not
+            error = failure
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        with self._lock:
+            self._has_news = True
+            for work in batch.works:
+                work.compute_ms += elapsed_ms
+            if error is None:
+                self._book(served, batch, results)
+            elif len(batch.works) > 1:
+                for work in batch.works:
+                    work.alone = True
+            else:
+                failed = ModelFailed(f"the model failed ({type(error).__name__}); the session is unchanged")
+                failed.__cause__ = error
+                self._fail(served, batch.works[0], failed)
+
+    def _book(self, served: _Served, batch: Batch, results: list[RowResult]) -> None:
+        for row, result in zip(batch.rows, results, strict=True):
+            row.work.done[row.index] += row.count
+            row.work.results[row.index].append(result)
+        for work in batch.works:
+            work.alone = False
+            served.scheduler.copied(work)
+            if work.done == work.new and work.session.state is not SessionState.CLOSED:
+                self._commit(served, work)
+
+    def _commit(self, served: _Served, work: Work) -> None:
+        """The append becomes part of the past: everything that can fail has happened before the first change."""
+        try:
+            outputs = gather(work)
+        except Exception as error:
+            self._fail(served, work, error)
+            return
+        session, history = work.session, served.spec.history
+        for index, (sequence, new) in enumerate(zip(session.sequences, work.new, strict=True)):
+            if history is not None and new:
+                sequence.history.extend(work.inputs[history][index, :new].tolist())
+            sequence.length += new
+            if work.results[index]:
+                sequence.tail = work.results[index][-1].tail
+        if not work.is_peek:
+            session.version += 1
+        self._store.touch(session)
+        served.scheduler.remove(work)
+        work.finish(work, outputs, None)
+
+    def _fail(self, served: _Served, work: Work, error: BaseException) -> None:
+        served.scheduler.roll_back(work)
+        work.finish(work, {}, error)
+
+    def _sweep(self, served: _Served) -> None:
+        """Drops what will not run: sessions past their time, works of closed sessions, cancelled or overdue ones."""
+        self._expire()
+        now = self._clock()
+        for work in served.scheduler.works():
+            if work.session.state is SessionState.CLOSED:
+                served.scheduler.remove(work)
+            elif work.started_at is None and work.future is not None and work.future.cancelled():
+                self._fail(served, work, EngineStopped("cancelled before it was scheduled"))
+            elif not work.reserved and work.submitted_at + self.config.wait_seconds <= now:
+                waited = f"no blocks came free within {self.config.wait_seconds:g} s; delete or truncate a session"
+                self._fail(served, work, PoolExhausted(waited))
+
+    # What starts and ends.
+
+    def _advance(self, session: Session) -> None:
+        """Starts the session's waiting operations until one is in the engine."""
+        while session.state is SessionState.IDLE and session.waiting:
+            operation = session.waiting[0]
+            if operation.future.cancelled():
+                self._pop(session)
+                continue
+            try:
+                self._start(operation, session)
+            except EngineError as error:
+                self._pop(session)
+                _reject(operation, error)
+
+    def _start(self, operation: Operation, session: Session) -> None:
+        served = self._served[session.model]
+        if isinstance(operation, Truncate):
+            check_version(operation.expected_version, session)
+            self._truncate(served, session, _lengths("length", operation.length, session))
+            self._pop(session)
+            _resolve(operation.future, self._info(session))
+        elif isinstance(operation, Append):
+            capacity = (served.pool.blocks - 1) * self.config.block_size
+            new = new_positions(served.spec, operation, session, capacity)
+            self._add(served, session, operation.inputs, new, operation.want, self._end_append, operation.future)
+        else:
+            check_version(operation.expected_version, session)
+            if not all(session.valid_length):
+                raise WrongState("the session is empty: prefill it before generating")
+            self._begin_generation(served, session, operation)
+
+    def _add(
+        self,
+        served: _Served,
+        session: Session,
+        inputs: dict[str, Any],
+        new: list[int],
+        want: Want,
+        finish: Callable[[Work, dict[str, Any], BaseException | None], None],
+        future: Future[Any] | None = None,
+    ) -> None:
+        session.state = SessionState.RUNNING
+        served.scheduler.add(Work(session, inputs, new, want, finish, self._clock(), future=future))
+
+    def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
+        session = work.session
+        if session.state is SessionState.CLOSED:
+            return
+        operation = self._pop(session)
+        session.state = SessionState.IDLE
+        if error is not None:
+            _reject(operation, error)
+        else:
+            result = AppendResult(
+                outputs, work.past_length, session.valid_length, session.version, work.queue_ms, work.compute_ms
+            )
+            _resolve(operation.future, result)
+        self._advance(session)
+
+    def _begin_generation(self, served: _Served, session: Session, operation: Generate) -> None:
+        generation = Generation(operation, session)
+
+        def turn_ended(work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
+            if session.state is SessionState.CLOSED:
+                return
+            generation.compute_ms += work.compute_ms
+            if generation.queue_ms is None:
+                generation.queue_ms = work.queue_ms
+            try:
+                if error is not None:
+                    raise error
+                if not work.is_peek:
+                    event = generation.committed()
+                    if operation.on_token is not None:
+                        operation.on_token(event)
+                if work.want.sample is not None:
+                    generation.draw(outputs)
+                if work.want.sample is not None and any(generation.new):
+                    want = Want() if generation.next_is_last else generation.want
+                    self._add(served, session, {"token_ids": generation.token_ids}, generation.new, want, turn_ended)
+                    return
+            except Exception as failure:  # also what `stop` and `on_token` raise
+                error = failure
+            self._pop(session)
+            session.state = SessionState.IDLE
+            if error is not None:
+                _reject(operation, error)
+            else:
+                _resolve(operation.future, generation.result())
+            self._advance(session)
+
+        rows = len(session.sequences)
+        self._add(served, session, {}, [0] * rows, generation.want, turn_ended, operation.future)
+
+    def _truncate(self, served: _Served, session: Session, lengths: list[int]) -> None:
+        for sequence, length in zip(session.sequences, lengths, strict=True):
+            if length < sequence.length:
+                sequence.length = length
+                sequence.tail = None
+                del sequence.history[length:]
+                served.scheduler.cut(sequence, length)
+        session.version += 1
+        self._store.touch(session)
+
+    def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
+        served = self._served[parent.model]
+        sequences = []
+        for source, length in zip(parent.sequences, lengths, strict=True):
+            table = source.block_table[: blocks_for(length, self.config.block_size)]
+            tail = source.tail if length == source.length else None
+            sequences.append(Sequence(length, array("i", table), source.history[:length], tail))
+        child = self._store.open(
+            parent.tenant,
+            parent.model,
+            parent.max_length,
+            sequences,
+            ttl_seconds=parent.ttl_seconds,
+            labels=parent.labels,
+            parent=parent.id,
+        )
+        for sequence in sequences:
+            served.pool.share(sequence.block_table)
+        return child
+
+    def _close(self, session: Session, reason: str) -> Receipt:
+        served = self._served[session.model]
+        positions = sum(session.valid_length)
+        blocks = [block for sequence in session.sequences for block in sequence.block_table]
+        self._store.close(session, reason)
+        freed = served.pool.release(blocks)
+        while session.waiting:
+            _reject(self._pop(session), SessionGone(reason))
+        self._tell()
+        return Receipt(session.id, positions, freed * self._block_bytes(served), freed, len(blocks) - freed)
+
+    # Small things.
+
+    def _check_now(self, operation: Operation, session: Session) -> None:
+        spec = self._served[session.model].spec
+        if isinstance(operation, Append):
+            check_inputs(spec, operation, len(session.sequences))
+        elif isinstance(operation, Generate):
+            if spec.history is None:
+                raise InvalidInput("model", f"{spec.name} takes tensors and has nothing to generate; step it")
+            if operation.max_tokens < 1:
+                raise InvalidInput("max_tokens", f"must be at least 1, got {operation.max_tokens}")
+            check_want(spec, Want(sample=operation.sample))
+
+    def _pop(self, session: Session) -> Operation:
+        self._waiting -= 1
+        operation: Operation = session.waiting.popleft()
+        return operation
+
+    def _expire(self) -> None:
+        for session in self._store.expired():
+            self._close(session, "expired")
+
+    def _tell(self) -> None:
+        self._has_news = True
+        self._news.notify_all()
+
+    def _refuse_when_stopping(self) -> None:
+        if self._stopping:
+            raise EngineStopped("the engine is stopping; nothing was applied")
+
+    def _block_bytes(self, served: _Served) -> int:
+        return served.spec.kv.position_bytes * self.config.block_size
+
+    def _info(self, session: Session) -> SessionInfo:
+        served = self._served[session.model]
+        blocks = [block for sequence in session.sequences for block in sequence.block_table]
+        return SessionInfo(
+            id=session.id,
+            tenant=session.tenant,
+            model=session.model,
+            kind=served.spec.kind,
+            state=session.state.value,
+            valid_length=session.valid_length,
+            max_length=session.max_length,
+            version=session.version,
+            blocks=len(blocks),
+            shared_blocks=sum(served.pool.is_shared(block) for block in blocks),
+            bytes=len(blocks) * self._block_bytes(served),
+            parent=session.parent,
+            labels=dict(session.labels),
+            created_at=session.created_at,
+            last_used_at=session.last_used_at,
+            expires_at=session.expires_at,
+        )
+
+
+def _lengths(field: str, given: int | list[int], session: Session) -> list[int]:
+    """One length a row, each between 0 and the row's valid length."""
+    rows = session.valid_length
+    lengths = [given] * len(rows) if isinstance(given, int) else given
+    if len(lengths) != len(rows):
+        raise InvalidInput(field, f"needs one length, or one a row ({len(rows)}), got {len(lengths)}")
+    if any(not 0 <= length <= valid for length, valid in zip(lengths, rows, strict=True)):
+        raise InvalidInput(field, f"must be 0 to the valid length {rows}, got {lengths}")
+    return lengths
+
+
+def _check_session(session: Session, spec: ModelSpec, block_size: int) -> None:
+    for sequence in session.sequences:
+        needed = blocks_for(sequence.length, block_size)
+        blocks = len(sequence.block_table)
+        if blocks < needed or (session.state is SessionState.IDLE and blocks > needed):
+            raise RuntimeError(f"{session!r} has {blocks} blocks in a table that needs {needed}")
+        if spec.history is not None and len(sequence.history) != sequence.length:
+            raise RuntimeError(f"{session!r} keeps {len(sequence.history)} ids of {sequence.length} positions")
+        if sequence.length > session.max_length:
+            raise RuntimeError(f"{session!r} passes its max_length {session.max_length}")
+    if session.state is SessionState.IDLE and session.waiting:
+        raise RuntimeError(f"{session!r} is idle and has {len(session.waiting)} operations waiting")
+
+
+def _resolve(future: Future[Any], result: object) -> None:
+    with contextlib.suppress(InvalidStateError):  # cancelled by a caller who no longer waits
+        future.set_result(result)
+
+
+def _reject(operation: Operation, error: BaseException) -> None:
+    with contextlib.suppress(InvalidStateError):
+        operation.future.set_exception(error)

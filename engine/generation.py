@@ -1,0 +1,100 @@
+"""The server's own loop of sample and step, as a chain of appends. Decides what is appended next; runs nothing.
+
+A generation starts with a peek (no position, a sample of the last position's outputs), then every turn appends the
+tokens just drawn and draws the next ones, until every row has stopped.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from engine.batch import Array, FinishReason, Generate, GenerateResult, TokenEvent, Want
+from engine.session import Session
+
+
+class Generation:
+    def __init__(self, operation: Generate, session: Session) -> None:
+        rows = len(session.sequences)
+        self.operation = operation
+        self.past_length = session.valid_length
+        self.compute_ms = 0.0
+        self.queue_ms: float | None = None  # of the first turn; later turns wait behind other rows, which is compute
+        self._session = session
+        self._reasons: list[FinishReason | None] = [None] * rows
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._logprobs: list[list[float]] = [[] for _ in range(rows)]
+        self._drawn: list[int | None] = [None] * rows
+        self._drawn_logprobs: list[float | None] = [None] * rows
+
+    @property
+    def want(self) -> Want:
+        return Want(sample=self.operation.sample)
+
+    def draw(self, outputs: dict[str, Any]) -> None:
+        """Takes the tokens that a turn drew, and ends the rows that stop before theirs."""
+        for row, reason in enumerate(self._reasons):
+            self._drawn[row] = None
+            if reason is not None:
+                continue
+            token = outputs["next_token"][row]
+            if self._stops(row, token):
+                self._reasons[row] = "stop"
+            elif len(self._tokens[row]) >= self.operation.max_tokens or self._is_full(row):
+                self._reasons[row] = "length"
+            elif self.operation.cancelled:
+                self._reasons[row] = "cancelled"
+            else:
+                self._drawn[row] = token
+                self._drawn_logprobs[row] = outputs["logprob"][row]
+
+    @property
+    def new(self) -> list[int]:
+        """Positions a row that the next turn appends; all 0 when the generation is done."""
+        return [0 if token is None else 1 for token in self._drawn]
+
+    @property
+    def token_ids(self) -> Array:
+        """The next turn's input, (B, 1)."""
+        return np.array([[token or 0] for token in self._drawn], dtype=np.int64)
+
+    def committed(self) -> TokenEvent:
+        """Books the tokens that were just appended."""
+        logprobs: list[float | None] = [None] * len(self._drawn)
+        past = self._session.valid_length
+        for row, token in enumerate(self._drawn):
+            if token is None:
+                continue
+            past[row] -= 1
+            logprob = self._drawn_logprobs[row]
+            assert logprob is not None
+            logprobs[row] = logprob
+            self._tokens[row].append(token)
+            self._logprobs[row].append(logprob)
+        return TokenEvent(list(self._drawn), logprobs, past, self._session.valid_length, self._session.version)
+
+    @property
+    def next_is_last(self) -> bool:
+        """Whether every row ends by length with the tokens just drawn, so that no more need be drawn."""
+        return all(
+            token is None or len(self._tokens[row]) + 1 >= self.operation.max_tokens or self._is_full(row, 1)
+            for row, token in enumerate(self._drawn)
+        )
+
+    def result(self) -> GenerateResult:
+        return GenerateResult(
+            token_ids=self._tokens,
+            logprobs=self._logprobs,
+            finish_reason=[reason or "length" for reason in self._reasons],
+            past_length=self.past_length,
+            valid_length=self._session.valid_length,
+            version=self._session.version,
+            queue_ms=self.queue_ms or 0.0,
+            compute_ms=self.compute_ms,
+        )
+
+    def _stops(self, row: int, token: int) -> bool:
+        stop = self.operation.stop
+        return token in self.operation.stop_ids or (stop is not None and stop(row, token))
+
+    def _is_full(self, row: int, more: int = 0) -> bool:
+        return self._session.sequences[row].length + more >= self._session.max_length

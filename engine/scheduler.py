@@ -1,0 +1,155 @@
+"""Queue in, Batch out, for one model. Decides which rows run next and takes their blocks; touches no tensor.
+
+Order: what is nearest to its end first (steps before chunks of a long prefill), then first come first served. An
+append gets *all* its blocks before its first row runs, so two half-done appends can never wait for each other.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from engine.batch import Batch, Row, Work
+from engine.blocks import BlockPool, blocks_for
+from engine.config import EngineConfig
+from engine.session import Sequence, SessionState
+
+
+class Scheduler:
+    def __init__(self, pool: BlockPool, config: EngineConfig, *, causal: bool) -> None:
+        self.pool = pool
+        self._block_size = config.block_size
+        self._token_budget = config.token_budget
+        self._max_rows = config.max_rows
+        self._causal = causal
+        self._queue: list[Work] = []
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, work: Work) -> None:
+        session = work.session
+        work.past_length = session.valid_length
+        work.done = [0] * len(work.new)
+        work.results = [[] for _ in work.new]
+        self._queue.append(work)
+
+    def remove(self, work: Work) -> None:
+        self._queue.remove(work)
+        self.copied(work)
+
+    def copied(self, work: Work) -> None:
+        """Its shared blocks have been copied, or need not be any more."""
+        self.pool.release(shared for shared, _ in work.copies)
+        work.copies.clear()
+
+    def held_for_copies(self) -> list[list[int]]:
+        return [[shared for shared, _ in work.copies] for work in self._queue]
+
+    def works(self) -> list[Work]:
+        return list(self._queue)
+
+    def deadlines(self, wait_seconds: float) -> list[float]:
+        """When each work that still has no blocks will have waited that long."""
+        return [work.submitted_at + wait_seconds for work in self._queue if not work.reserved]
+
+    def schedule(self, now: float) -> Batch | None:
+        """The next batch, or None: nothing is queued, or nothing that is queued can have its blocks now."""
+        rows: list[Row] = []
+        budget = self._token_budget
+        for work in self._in_order():
+            if rows and (work.alone or rows[0].work.alone):
+                continue
+            if budget <= 0 or len(rows) + len(work.new) > max(self._max_rows, len(work.new)):
+                break
+            if not self._causal and sum(work.new) > budget and any(row.count > 1 for row in rows):
+                continue  # a free mask needs its whole append in one turn: one such append a batch may pass the budget
+            if not work.reserved and not self._reserve(work):
+                continue
+            if work.started_at is None:
+                work.started_at = now
+            for row in self._rows(work, budget):
+                rows.append(row)
+                budget -= max(row.count, 1)
+        return Batch(rows) if rows else None
+
+    def roll_back(self, work: Work) -> None:
+        """Takes the work out, its session's tables as they were before it: what it reserved is given back."""
+        if work.session.state is not SessionState.CLOSED:  # closing released the tables already
+            for sequence in work.session.sequences:
+                self._restore(sequence, work.copies)
+                self.cut(sequence, sequence.length)
+        self.remove(work)
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Releases the blocks that `length` positions do not need."""
+        keep = blocks_for(length, self._block_size)
+        self.pool.release(sequence.block_table[keep:])
+        del sequence.block_table[keep:]
+
+    def blocks_needed(self, sequence: Sequence, new: int) -> int:
+        """New blocks that an append takes now: to grow, and to leave a shared tail block that it would write to."""
+        if new == 0:
+            return 0
+        grow = blocks_for(sequence.length + new, self._block_size) - len(sequence.block_table)
+        return grow + self._writes_shared(sequence)
+
+    def _in_order(self) -> list[Work]:
+        return sorted(self._queue, key=lambda work: max(n - d for n, d in zip(work.new, work.done, strict=True)) > 1)
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        at, offset = divmod(sequence.length, self._block_size)
+        return offset != 0 and self.pool.is_shared(sequence.block_table[at])
+
+    def _restore(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
+        """Puts a shared tail block back in place of the own one that was never filled."""
+        at = sequence.length // self._block_size
+        for shared, own in copies:
+            if at < len(sequence.block_table) and sequence.block_table[at] == own:
+                sequence.block_table[at] = shared
+                self.pool.release([own])
+                copies.remove((shared, own))
+                return
+
+    def _reserve(self, work: Work) -> bool:
+        pairs = list(zip(work.session.sequences, work.new, strict=True))
+        taken = self.pool.take(sum(self.blocks_needed(sequence, new) for sequence, new in pairs))
+        if taken is None:
+            return False
+        for sequence, new in pairs:
+            needed = self.blocks_needed(sequence, new)
+            blocks, taken = taken[:needed], taken[needed:]
+            if new and self._writes_shared(sequence):
+                at = sequence.length // self._block_size
+                shared, own = sequence.block_table[at], blocks.pop()
+                work.copies.append((shared, own))  # the hold on the shared block goes over to the work
+                sequence.block_table[at] = own
+            sequence.block_table.extend(blocks)
+        work.reserved = True
+        return True
+
+    def _rows(self, work: Work, budget: int) -> list[Row]:
+        """The work's next rows within the budget; a work that may not be cut gives all of them."""
+        rows = []
+        for index, sequence in enumerate(work.session.sequences):
+            left = work.new[index] - work.done[index]
+            if left == 0 and not work.is_peek:
+                continue
+            count = min(left, budget) if self._causal else left
+            if left and count <= 0:
+                break
+            start = work.past_length[index] + work.done[index]
+            rows.append(
+                Row(
+                    work=work,
+                    index=index,
+                    sequence=sequence,
+                    start=start,
+                    stop=start + count,
+                    table=array("i", sequence.block_table),
+                    history=sequence.history,
+                    tail=sequence.tail,
+                    last=count == left,
+                )
+            )
+            budget -= count
+        return rows

@@ -1,0 +1,58 @@
+"""Frozen snapshots of what the engine holds: safe to read on any thread, fit to be shown."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """`bytes` and `blocks` count every block of its tables, `shared_blocks` those that others hold too. Times are
+    seconds since the epoch."""
+
+    id: str
+    tenant: str
+    model: str
+    kind: str
+    state: str
+    valid_length: list[int]
+    max_length: int
+    version: int
+    blocks: int
+    shared_blocks: int
+    bytes: int
+    parent: str | None
+    labels: dict[str, str]
+    created_at: float
+    last_used_at: float
+    expires_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a deletion gave back. `bytes` are those of the blocks that came free."""
+
+    id: str
+    positions: int
+    bytes: int
+    blocks_freed: int
+    blocks_still_shared: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCapacity:
+    """Blocks of one model's pool; total = free + used. `reserved` (part of used) belongs to appends that run now."""
+
+    model: str
+    block_size: int
+    block_bytes: int
+    total: int
+    free: int
+    used: int
+    shared: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    models: list[ModelCapacity]
+    sessions: int
+    waiting: int
