@@ -330,7 +330,7 @@ def read_append(
         return _read_safetensors_append(request_type, body, query)
     if query:
         raise WireError(query[0][0], "not a query parameter; with a JSON body, options go into the body")
-    request = _validated(request_type, body)
+    request = validated(request_type, body)
     bodies: dict[str, TensorBody] = {name: getattr(request, name) for name in ARRAY_INPUTS}
     arrays = {name: decode_tensor(name, tensor) for name, tensor in bodies.items() if tensor is not None}
     return AppendBody(request, arrays, next((_json_form(tensor) for tensor in bodies.values() if tensor), "nested"))
@@ -348,7 +348,7 @@ def _read_safetensors_append(
         if name in ARRAY_INPUTS or name in arrays:
             raise WireError(name, "belongs into the body, and not into the query")
     lists = {name: arrays.pop(name).tolist() for name in LIST_INPUTS if name in arrays}
-    return AppendBody(_validated(request_type, options | lists), arrays, "safetensors")
+    return AppendBody(validated(request_type, options | lists), arrays, "safetensors")
 
 
 def write_append(request: AppendRequest, arrays: Mapping[str, Array], form: Form) -> Encoded:
@@ -374,13 +374,13 @@ def write_reply(reply: AppendReply, arrays: Mapping[str, Array], form: Form) -> 
 def read_reply(content_type: str | None, body: bytes) -> tuple[AppendReply, dict[str, Array]]:
     """What `write_reply` wrote. Raises WireError and its children."""
     if not is_safetensors(content_type):
-        reply = _validated(AppendReply, body)
+        reply = validated(AppendReply, body)
         bodies = {name: getattr(reply.outputs, name) for name in ("attn_out", "attn_weights", "logits")}
         arrays = {n: decode_tensor(n, tensor, finite=False) for n, tensor in bodies.items() if tensor is not None}
         return reply, arrays
     arrays, metadata = load_tensors(body, finite=False)
     scalars = {name: _decode_option(text) for name, text in metadata.items()}
-    return _validated(AppendReply, {**scalars, "outputs": scalars}), arrays
+    return validated(AppendReply, {**scalars, "outputs": scalars}), arrays
 
 
 def _json_form(tensor: TensorBody) -> Form:
@@ -389,7 +389,8 @@ def _json_form(tensor: TensorBody) -> Form:
     return "nested" if tensor.data and isinstance(tensor.data[0], list) else "flat"
 
 
-def _validated(model: type[AnyModel], source: bytes | dict[str, Any]) -> AnyModel:
+def validated(model: type[AnyModel], source: bytes | dict[str, Any]) -> AnyModel:
+    """JSON bytes, or a dict of Python values, as a wire model. Raises WireError, MalformedError."""
     try:
         return model.model_validate_json(source) if isinstance(source, bytes) else model.model_validate(source)
     except ValidationError as error:

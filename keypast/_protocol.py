@@ -1,0 +1,271 @@
+"""The client's core: calls built and replies parsed, without I/O. `client` and `aio` are thin shells over it.
+
+arguments > Call (method, path, query, headers, body, parse) > a shell's HTTP > Response > Call.parse > result
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from os import environ
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+from pydantic import BaseModel
+from pydantic_core import to_json
+
+from keypast import schemas, wire
+from keypast.errors import (
+    ConnectFailed,
+    KeypastError,
+    ProtocolError,
+    Refused,
+    StatusError,
+    TimedOut,
+    TransportError,
+    from_problem,
+    invalid_input,
+)
+from keypast.wire import Array
+
+T = TypeVar("T")
+U = TypeVar("U")
+Model = TypeVar("Model", bound=BaseModel)
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+# A long prefill computes for minutes without a byte on the line; connecting and sending do not take that long.
+DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0, write=60.0)
+LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+
+
+def resolve_url(base_url: str | None) -> str:
+    """The argument, else the environment's KEYPAST_URL, else the local service."""
+    return base_url or environ.get("KEYPAST_URL") or DEFAULT_URL
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """`headers` have lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One request, and how to read its reply; `parse` raises what the reply says."""
+
+    method: str
+    path: str
+    parse: Callable[[Response], T]
+    query: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+
+    def then(self, convert: Callable[[T], U]) -> "Call[U]":
+        return Call(self.method, self.path, lambda r: convert(self.parse(r)), self.query, self.headers, self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """A call is sent again only when nothing of it can have been applied: the connection failed, or the service refused
+    it (429, 503) and said when to come back. An answer that never came is not a reason: the append may be committed."""
+
+    limit: int = 2  # tries after the first
+    longest_wait: float = 30.0  # seconds; a longer Retry-After is the caller's to wait for
+
+    def wait(self, tried: int, error: KeypastError) -> float | None:
+        """Seconds to wait before trying again after `tried` failures before this one; None: raise it."""
+        if tried >= self.limit:
+            return None
+        if isinstance(error, ConnectFailed):
+            return min(0.1 * 2.0**tried, self.longest_wait)
+        if isinstance(error, Refused) and error.retry_after is not None:
+            return error.retry_after if error.retry_after <= self.longest_wait else None
+        return None
+
+
+def transport_error(error: httpx.RequestError) -> TransportError:
+    message = str(error) or type(error).__name__
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
+        return ConnectFailed(f"cannot connect: {message}")
+    if isinstance(error, httpx.TimeoutException):
+        return TimedOut(f"no reply in time, the call may have been applied: {message}")
+    return TransportError(f"the connection broke, the call may have been applied: {message}")
+
+
+# ---- replies --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """What a prefill or a step gave. Lists have one entry a row; what was not asked for is None.
+
+    attn_out (B, n, H); attn_weights (B, n, T), or (B, N, n, T) a head; logits (B, 1, V) or (B, n, V).
+    """
+
+    past_length: list[int]
+    valid_length: list[int]
+    version: int
+    timings: schemas.Timings
+    attn_out: Array | None = None
+    attn_weights: Array | None = None
+    logits: Array | None = None
+    next_token: list[int] | None = None
+    text: list[str] | None = None
+    top_logprobs: list[list[schemas.TopLogprob]] | None = None
+
+
+def check(response: Response) -> None:
+    """Raises the StatusError of a reply that is not a success."""
+    if response.status >= 400:
+        raise status_error(response)
+    if response.status >= 300:
+        raise ProtocolError(f"a redirect ({response.status}); give the service's own address")
+
+
+def status_error(response: Response) -> StatusError:
+    problem = _problem(response)
+    retry_after = _seconds(response.headers.get("retry-after"))
+    if retry_after is not None:
+        problem = problem.model_copy(update={"retry_after": retry_after})
+    return from_problem(problem)
+
+
+def _problem(response: Response) -> schemas.Problem:
+    """A proxy's error page has a status and nothing else to go by."""
+    try:
+        return wire.validated(schemas.Problem, response.body)
+    except wire.WireError:
+        known = {status.value: status.phrase for status in HTTPStatus}
+        title = known.get(response.status, "Error")
+        detail = f"{response.status} {title}, without a problem in the body"
+        error = schemas.ErrorBody(message=detail, type="server_error")
+        return schemas.Problem(title=title, status=response.status, detail=detail, code="", error=error)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Retry-After in seconds; its other form, a date, depends on two clocks and is not waited for."""
+    if retry_after is None or not retry_after.strip().isdecimal():
+        return None
+    return float(retry_after)
+
+
+def parse_model(model: type[Model]) -> Callable[[Response], Model]:
+    def parse(response: Response) -> Model:
+        check(response)
+        try:
+            return wire.validated(model, response.body)
+        except wire.WireError as error:
+            raise ProtocolError(f"not the reply that was expected: {error}") from None
+
+    return parse
+
+
+def parse_append(response: Response) -> AppendResult:
+    check(response)
+    try:
+        reply, arrays = wire.read_reply(response.headers.get("content-type"), response.body)
+    except wire.WireError as error:
+        raise ProtocolError(f"not the reply that was expected: {error}") from None
+    outputs = reply.outputs
+    return AppendResult(
+        past_length=reply.past_length,
+        valid_length=reply.valid_length,
+        version=reply.version,
+        timings=reply.timings,
+        attn_out=arrays.get("attn_out"),
+        attn_weights=arrays.get("attn_weights"),
+        logits=arrays.get("logits"),
+        next_token=outputs.next_token,
+        text=outputs.text,
+        top_logprobs=outputs.top_logprobs,
+    )
+
+
+def parse_ready(response: Response) -> bool:
+    if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return False
+    check(response)
+    return True
+
+
+# ---- calls ----------------------------------------------------------------------------------------------------------
+
+
+def request_of(model: type[Model], options: Mapping[str, Any]) -> Model:
+    """Raises InvalidInput for what the service would refuse by its schema."""
+    try:
+        return wire.validated(model, dict(options))
+    except wire.WireError as error:
+        raise invalid_input(error.field, error.message) from None
+
+
+def get(path: str, model: type[Model], query: dict[str, Any] | None = None) -> Call[Model]:
+    return Call("GET", path, parse_model(model), query or {})
+
+
+def post(path: str, request: BaseModel, model: type[Model], if_match: int | None = None) -> Call[Model]:
+    body = to_json(request.model_dump(exclude_unset=True, exclude_none=True))
+    return Call("POST", path, parse_model(model), {}, _headers(wire.JSON_TYPE, wire.JSON_TYPE, if_match), body)
+
+
+def session_path(session_id: str, verb: str = "") -> str:
+    return f"/v1/sessions/{quote(session_id, safe='')}" + (f"/{verb}" if verb else "")
+
+
+def append(
+    session_id: str, verb: str, inputs: Mapping[str, Any], *, binary: bool, if_match: int | None = None
+) -> Call[AppendResult]:
+    """`verb` is prefill or step. Binary: arrays, and logits in the reply, travel as safetensors, else as base64."""
+    arrays = {name: as_array(name, inputs[name]) for name in wire.ARRAY_INPUTS if inputs.get(name) is not None}
+    lists = {name: _as_lists(inputs[name]) for name in wire.LIST_INPUTS if inputs.get(name) is not None}
+    rest = {name: value for name, value in inputs.items() if name not in wire.ARRAY_INPUTS + wire.LIST_INPUTS}
+    request = request_of(schemas.PrefillRequest if verb == "prefill" else schemas.StepRequest, {**rest, **lists})
+    encoded = wire.write_append(request, arrays, "safetensors" if binary else "base64")
+    wants_tensors = binary and (arrays or request.logits != "none")
+    headers = _headers(encoded.content_type, wire.SAFETENSORS_TYPE if wants_tensors else wire.JSON_TYPE, if_match)
+    query: dict[str, Any] = dict(encoded.query)
+    return Call("POST", session_path(session_id, verb), parse_append, query, headers, encoded.body)
+
+
+def stream(session_id: str, request: schemas.GenerateRequest, if_match: int | None = None) -> Call[None]:
+    """Its `parse` only checks the status; the body is for a StreamReader."""
+    call = post(session_path(session_id, "generate"), request, schemas.GenerateReply, if_match)
+    return replace(call.then(lambda _: None), parse=check, headers=call.headers | {"Accept": "text/event-stream"})
+
+
+def _headers(content_type: str, accept: str, if_match: int | None) -> dict[str, str]:
+    headers = {"Content-Type": content_type, "Accept": accept}
+    return headers if if_match is None else headers | {"If-Match": wire.etag(if_match)}
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+def as_array(name: str, value: Any) -> Array:  # noqa: ANN401 - a numpy array, a torch tensor or nested numbers
+    """In a dtype that travels: float64 is narrowed to float32, small ints widened to int32, bfloat16 to float32.
+
+    A torch tensor is recognised by what it can do; torch is not imported. Raises InvalidInput.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()
+    try:
+        array: Array = np.asarray(value)
+    except ValueError:
+        raise invalid_input(name, "rows differ in length") from None
+    if array.dtype == np.float64:
+        with np.errstate(over="ignore"):
+            return array.astype(np.float32)
+    if array.dtype.kind in "iu" and array.dtype != np.uint8 and np.can_cast(array.dtype, np.int32):
+        return array.astype(np.int32)
+    if array.dtype.kind == "O" or array.dtype.name not in ("float16", "float32", "int32", "int64", "uint8", "bool"):
+        raise invalid_input(name, f"an array of {array.dtype.name} cannot travel")
+    return array
+
+
+def _as_lists(value: Any) -> Any:  # noqa: ANN401 - nested ints, or an array or tensor of them
+    return value.tolist() if hasattr(value, "tolist") else value

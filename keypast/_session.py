@@ -1,0 +1,179 @@
+"""What the sync and the async session share: the state that the object knows, and the calls it makes. No I/O."""
+
+from typing import Any, TypedDict
+
+from keypast import _protocol, schemas
+from keypast._protocol import AppendResult, Call
+from keypast.schemas import GenerateReply, GenerateRequest, Message, Receipt, SampleOptions, SessionView
+
+ArrayLike = Any  # a numpy array, a torch tensor, or nested numbers
+Ids = list[list[int]] | ArrayLike
+
+
+class Expectation(TypedDict, total=False):
+    """Refuse (PreconditionFailed) if the session has moved on. Default: whatever version it is at.
+
+    `if_version` names the version; `expect_version=True` takes the one that this object knows. Off unless asked for,
+    since a session that another object also appends to, or whose stream was cut, is ahead of what this one knows.
+    """
+
+    if_version: int | None
+    expect_version: bool
+
+
+class AppendInputs(Expectation, total=False):
+    """The keywords of `prefill` and `step`; B rows, n new positions, T the length after the call.
+
+    attention: query, key, value (B, n, H); attention_mask (B, n, T), 1 = attend
+    decoder:   one of token_ids (B, n), text (a string, or one a row) and messages (of a session of one row)
+    """
+
+    query: ArrayLike
+    key: ArrayLike
+    value: ArrayLike
+    attention_mask: ArrayLike
+    need_weights: bool
+    average_attn_weights: bool
+    token_ids: Ids
+    text: str | list[str]
+    messages: list[Message] | list[dict[str, str]]
+    batch_valid_length: list[int] | ArrayLike
+    logits: str
+    top_logprobs: int
+    sample: SampleOptions | dict[str, Any]
+
+
+class GenerateOptions(Expectation, total=False):
+    """The keywords of `generate`; the service's defaults are in `schemas.GenerateRequest`: 128 tokens a row, greedy."""
+
+    max_tokens: int
+    stop: str | list[str]
+    sample: SampleOptions | dict[str, Any]
+    logprobs: bool
+    ignore_eos: bool
+
+
+class SessionOptions(TypedDict, total=False):
+    """The keywords of `sessions.create`."""
+
+    id: str
+    batch_size: int
+    max_length: int
+    ttl_seconds: float
+    labels: dict[str, str]
+
+
+class SessionFilter(TypedDict, total=False):
+    """The keywords of `sessions.list`; `label` is `key` or `key=value`, and all must hold. `limit` is a page's size."""
+
+    model: str
+    label: list[str]
+    state: str
+    limit: int
+
+
+class SessionCore:
+    """`view` is the service's last full account of the session; `version` and `valid_length` follow every reply."""
+
+    def __init__(self, view: SessionView, *, binary: bool) -> None:
+        self.view = view
+        self.version = view.version
+        self.valid_length = view.valid_length
+        self._binary = binary
+
+    @property
+    def id(self) -> str:
+        return self.view.id
+
+    @property
+    def model(self) -> str:
+        return self.view.model
+
+    @property
+    def batch_size(self) -> int:
+        return self.view.batch_size
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id} {self.model} v{self.version} {self.valid_length}>"
+
+    def _moved(self, version: int, valid_length: list[int]) -> None:
+        self.version = version
+        self.valid_length = valid_length
+
+    def _seen(self, view: SessionView) -> None:
+        self.view = view
+        self._moved(view.version, view.valid_length)
+
+    def _appended(self, result: AppendResult) -> AppendResult:
+        self._moved(result.version, result.valid_length)
+        return result
+
+    def _generated(self, reply: GenerateReply) -> GenerateReply:
+        self._moved(reply.version, reply.valid_length)
+        return reply
+
+    def _if_match(self, options: dict[str, Any]) -> int | None:
+        """Takes the expectation out of the options."""
+        expected = options.pop("expect_version", False)
+        version: int | None = options.pop("if_version", None)
+        return self.version if version is None and expected else version
+
+    # ---- calls ----
+
+    def _append(self, verb: str, inputs: AppendInputs) -> Call[AppendResult]:
+        options: dict[str, Any] = dict(inputs)
+        if_match = self._if_match(options)
+        return _protocol.append(self.id, verb, options, binary=self._binary, if_match=if_match).then(self._appended)
+
+    def _generate(self, options: GenerateOptions) -> Call[GenerateReply]:
+        request, if_match = self._generate_request(options, stream=False)
+        path = _protocol.session_path(self.id, "generate")
+        return _protocol.post(path, request, GenerateReply, if_match).then(self._generated)
+
+    def _stream(self, options: GenerateOptions) -> Call[None]:
+        request, if_match = self._generate_request(options, stream=True)
+        return _protocol.stream(self.id, request, if_match)
+
+    def _generate_request(self, options: GenerateOptions, *, stream: bool) -> tuple[GenerateRequest, int | None]:
+        fields: dict[str, Any] = dict(options)
+        if_match = self._if_match(fields)
+        return _protocol.request_of(GenerateRequest, {**fields, "stream": stream}), if_match
+
+    def _fork(self, count: int, at: int | list[int] | None, expectation: Expectation) -> Call[list[SessionView]]:
+        request = _protocol.request_of(schemas.ForkRequest, {"count": count, "at": at})
+        path = _protocol.session_path(self.id, "fork")
+        call = _protocol.post(path, request, schemas.ForkReply, self._if_match({**expectation}))
+        return call.then(lambda reply: reply.sessions)
+
+    def _truncate(self, length: int | list[int], expectation: Expectation) -> Call[None]:
+        request = _protocol.request_of(schemas.TruncateRequest, {"length": length})
+        path = _protocol.session_path(self.id, "truncate")
+        return _protocol.post(path, request, SessionView, self._if_match({**expectation})).then(self._seen)
+
+    def _refresh(self) -> Call[None]:
+        return get_session(self.id).then(self._seen)
+
+
+def create_session(model: str, options: SessionOptions) -> Call[SessionView]:
+    request = _protocol.request_of(schemas.CreateSession, {"model": model, **options})
+    return _protocol.post("/v1/sessions", request, SessionView)
+
+
+def get_session(session_id: str) -> Call[SessionView]:
+    return _protocol.get(_protocol.session_path(session_id), SessionView)
+
+
+def list_sessions(filters: SessionFilter, cursor: str | None) -> Call[schemas.SessionPage]:
+    listing = _protocol.request_of(schemas.ListSessions, {**filters, "cursor": cursor})
+    query = listing.model_dump(exclude_unset=True, exclude_none=True)
+    return _protocol.get("/v1/sessions", schemas.SessionPage, query)
+
+
+def delete_session(session_id: str) -> Call[Receipt]:
+    return Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt))
+
+
+READY = Call("GET", "/readyz", _protocol.parse_ready)
+MODELS = _protocol.get("/v1/models", schemas.ModelList).then(lambda reply: reply.data)
+CAPACITY = _protocol.get("/v1/capacity", schemas.Capacity)
+VERSION = _protocol.get("/version", schemas.Version).then(lambda reply: reply.version)

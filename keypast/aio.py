@@ -1,0 +1,259 @@
+"""The async client: `client` word for word, with `await`.
+
+async with AsyncClient() as client, await client.sessions.create("smollm2-135m") as session:
+    await session.prefill(text="The capital of France is")
+    async with await session.generate(stream=True, max_tokens=16) as tokens:
+        async for token in tokens:
+            print(token.text, end="", flush=True)
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, suppress
+from typing import Literal, Self, TypeVar, Unpack, overload
+
+import httpx
+
+from keypast import _protocol, _session
+from keypast._protocol import AppendResult, Call, Response, Retries, transport_error
+from keypast._session import AppendInputs, Expectation, GenerateOptions, SessionCore, SessionFilter, SessionOptions
+from keypast._stream import StreamReader, Token
+from keypast.errors import KeypastError, StreamBroken
+from keypast.schemas import Capacity, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
+
+T = TypeVar("T")
+
+
+class Client:
+    """One service, over pooled connections; threads may share a client, but not a session object.
+
+    `base_url`: else the environment's KEYPAST_URL, else http://127.0.0.1:8000. `binary`: tensors travel as safetensors,
+    else as base64 in JSON. `transport` and `sleep` are for tests. Every method may raise the tree in `keypast.errors`.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        *,
+        timeout: float | httpx.Timeout = _protocol.DEFAULT_TIMEOUT,
+        headers: Mapping[str, str] | None = None,
+        retries: Retries | None = None,
+        binary: bool = True,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        url = _protocol.resolve_url(base_url)
+        self._http = httpx.Client(
+            base_url=url, timeout=timeout, headers=headers, transport=transport, limits=_protocol.LIMITS
+        )
+        self._retries = retries or Retries()
+        self._sleep = sleep
+        self.sessions = Sessions(self, binary=binary)
+
+    def __repr__(self) -> str:
+        return f"<Client {self._http.base_url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; sessions stay in the service."""
+        self._http.close()
+
+    def models(self) -> list[ModelCard]:
+        return self.send(_session.MODELS)
+
+    def capacity(self) -> Capacity:
+        return self.send(_session.CAPACITY)
+
+    def ready(self) -> bool:
+        """False while the service loads, drains or is down; raises ConnectFailed when there is none."""
+        return self.send(_session.READY)
+
+    def version(self) -> str:
+        """The service's version."""
+        return self.send(_session.VERSION)
+
+    def send(self, call: Call[T]) -> T:
+        """Performs a call, again when it was safely refused (`Retries`)."""
+        return self._tried(lambda: call.parse(_read(self._open(call))))
+
+    def stream(self, call: Call[None]) -> httpx.Response:
+        """Performs a call whose reply is a stream; its status is checked, its body unread and the caller's to close."""
+
+        def attempt() -> httpx.Response:
+            response = self._open(call)
+            if not response.is_success:
+                call.parse(_read(response))
+            return response
+
+        return self._tried(attempt)
+
+    def _open(self, call: Call[T]) -> httpx.Response:
+        request = self._http.build_request(
+            call.method, call.path, params=call.query, headers=call.headers, content=call.body
+        )
+        try:
+            return self._http.send(request, stream=True)
+        except httpx.RequestError as error:
+            raise transport_error(error) from error
+
+    def _tried(self, attempt: Callable[[], T]) -> T:
+        tried = 0
+        while True:
+            try:
+                return attempt()
+            except KeypastError as error:
+                wait = self._retries.wait(tried, error)
+                if wait is None:
+                    raise
+            self._sleep(wait)
+            tried += 1
+
+
+def _read(response: httpx.Response) -> Response:
+    try:
+        with closing(response):
+            body = response.read()
+    except httpx.RequestError as error:
+        raise transport_error(error) from error
+    return Response(response.status_code, response.headers, body)
+
+
+class Sessions:
+    """The caller's sessions: `client.sessions`."""
+
+    def __init__(self, client: Client, *, binary: bool) -> None:
+        self._client = client
+        self._binary = binary
+
+    def create(self, model: str, **options: Unpack[SessionOptions]) -> "Session":
+        return self._session(self._client.send(_session.create_session(model, options)))
+
+    def get(self, session_id: str) -> "Session":
+        return self._session(self._client.send(_session.get_session(session_id)))
+
+    def list(self, **filters: Unpack[SessionFilter]) -> Iterator["Session"]:
+        """All of them, a page fetched when it is needed."""
+        cursor: str | None = None
+        while True:
+            page = self._client.send(_session.list_sessions(filters, cursor))
+            yield from map(self._session, page.data)
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def delete(self, session_id: str) -> Receipt:
+        return self._client.send(_session.delete_session(session_id))
+
+    def _session(self, view: SessionView) -> "Session":
+        return Session(self._client, view, binary=self._binary)
+
+
+class Session(SessionCore):
+    """A session of the service. As a context manager it deletes itself at the end."""
+
+    def __init__(self, client: Client, view: SessionView, *, binary: bool) -> None:
+        super().__init__(view, binary=binary)
+        self._client = client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with suppress(KeypastError):  # gone already, or unreachable: neither may hide what the block raised
+            self.delete()
+
+    def prefill(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+        """Appends n >= 1 positions to any past. Raises LengthExceeded, PreconditionFailed, Refused, and the rest."""
+        return self._client.send(self._append("prefill", inputs))
+
+    def step(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+        """Appends one position a row to a past that is not empty (else WrongState)."""
+        return self._client.send(self._append("step", inputs))
+
+    @overload
+    def generate(self, *, stream: Literal[True], **options: Unpack[GenerateOptions]) -> "TokenStream": ...
+    @overload
+    def generate(self, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]) -> GenerateReply: ...
+    def generate(self, *, stream: bool = False, **options: Unpack[GenerateOptions]) -> "GenerateReply | TokenStream":
+        """The service's own loop of sample and step; every token is a commit."""
+        if not stream:
+            return self._client.send(self._generate(options))
+        response = self._client.stream(self._stream(options))
+        return TokenStream(response, StreamReader(self._moved))
+
+    @overload
+    def fork(
+        self, count: None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+    ) -> "Session": ...
+    @overload
+    def fork(
+        self, count: int, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+    ) -> "list[Session]": ...
+    def fork(
+        self, count: int | None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+    ) -> "Session | list[Session]":
+        """Children that share this session's blocks until one writes. Without a count one child, else a list.
+
+        `at`: their length, one int or one a row; default: this session's.
+        """
+        views = self._client.send(self._fork(count or 1, at, expectation))
+        children = [Session(self._client, view, binary=self._binary) for view in views]
+        return children if count is not None else children[0]
+
+    def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
+        """Rolls back to an earlier length, one int or one a row."""
+        self._client.send(self._truncate(length, expectation))
+
+    def refresh(self) -> Self:
+        """Asks the service how the session is: `view`, `version` and `valid_length`."""
+        self._client.send(self._refresh())
+        return self
+
+    def delete(self) -> Receipt:
+        """Frees every block now."""
+        return self._client.send(_session.delete_session(self.id))
+
+
+class TokenStream(Iterator[Token]):
+    """The tokens of one `generate(stream=True)`. Leaving early, by `close` or `with`, stops the service within a token.
+
+    `end` is the stream's last event, once it has come.
+    """
+
+    def __init__(self, response: httpx.Response, reader: StreamReader) -> None:
+        self._response = response
+        self._reader = reader
+        self._tokens = self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    @property
+    def end(self) -> StreamEnd | None:
+        return self._reader.end
+
+    def close(self) -> None:
+        self._tokens.close()
+        self._response.close()
+
+    def _read(self) -> Generator[Token, None, None]:
+        with closing(self._response):
+            try:
+                for chunk in self._response.iter_bytes():
+                    yield from self._reader.feed(chunk)
+                    if self._reader.done:
+                        break
+            except httpx.RequestError as error:
+                raise StreamBroken(f"the stream broke off: {error or type(error).__name__}") from error
+            self._reader.finish()
