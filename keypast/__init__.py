@@ -1,0 +1,72 @@
+"""keypast: KV-cache sessions over HTTP. This package is the light client; `keypast[server]` brings the service."""
+
+from importlib.metadata import version
+
+from keypast._protocol import AppendResult, Retries
+from keypast._stream import Token
+from keypast.aio import AsyncClient, AsyncSession, AsyncTokenStream
+from keypast.client import Client, Session, TokenStream
+from keypast.errors import (
+    Conflict,
+    ConnectFailed,
+    Denied,
+    InvalidInput,
+    KeypastError,
+    LengthExceeded,
+    ModelFailed,
+    ModelNotFound,
+    NotFound,
+    PoolExhausted,
+    PreconditionFailed,
+    ProtocolError,
+    QueueFull,
+    Refused,
+    ServerError,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    StatusError,
+    StreamBroken,
+    TimedOut,
+    TransportError,
+    Unavailable,
+    WrongState,
+)
+
+__version__ = version("keypast")
+
+__all__ = [
+    "AppendResult",
+    "AsyncClient",
+    "AsyncSession",
+    "AsyncTokenStream",
+    "Client",
+    "Conflict",
+    "ConnectFailed",
+    "Denied",
+    "InvalidInput",
+    "KeypastError",
+    "LengthExceeded",
+    "ModelFailed",
+    "ModelNotFound",
+    "NotFound",
+    "PoolExhausted",
+    "PreconditionFailed",
+    "ProtocolError",
+    "QueueFull",
+    "Refused",
+    "Retries",
+    "ServerError",
+    "Session",
+    "SessionExists",
+    "SessionGone",
+    "SessionNotFound",
+    "StatusError",
+    "StreamBroken",
+    "TimedOut",
+    "Token",
+    "TokenStream",
+    "TransportError",
+    "Unavailable",
+    "WrongState",
+]

@@ -40,8 +40,15 @@ LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 
 
 def resolve_url(base_url: str | None) -> str:
-    """The argument, else the environment's KEYPAST_URL, else the local service."""
-    return base_url or environ.get("KEYPAST_URL") or DEFAULT_URL
+    """The argument, else the environment's KEYPAST_URL, else the local service. Raises ValueError: not an address."""
+    url = base_url or environ.get("KEYPAST_URL") or DEFAULT_URL
+    try:
+        scheme = httpx.URL(url).scheme
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{url!r} is not an address: {error}") from None
+    if scheme not in ("http", "https"):
+        raise ValueError(f"the service's address begins with http:// or https://, not {url!r}")
+    return url
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,18 @@
 """The async client: `client` word for word, with `await`.
 
-async with AsyncClient() as client, await client.sessions.create("smollm2-135m") as session:
-    await session.prefill(text="The capital of France is")
-    async with await session.generate(stream=True, max_tokens=16) as tokens:
-        async for token in tokens:
-            print(token.text, end="", flush=True)
+Use:
+    async with AsyncClient() as client, await client.sessions.create("smollm2-135m") as session:
+        await session.prefill(text="The capital of France is")
+        async with await session.generate(stream=True, max_tokens=16) as tokens:
+            async for token in tokens:
+                print(token.text, end="", flush=True)
 """
 
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from typing import Literal, Self, TypeVar, Unpack, overload
 
+import anyio
 import httpx
 
 from keypast import _protocol, _session
@@ -24,8 +25,8 @@ from keypast.schemas import Capacity, GenerateReply, ModelCard, Receipt, Session
 T = TypeVar("T")
 
 
-class Client:
-    """One service, over pooled connections; threads may share a client, but not a session object.
+class AsyncClient:
+    """One service, over pooled connections; tasks may share a client, but not a session object.
 
     `base_url`: else the environment's KEYPAST_URL, else http://127.0.0.1:8000. `binary`: tensors travel as safetensors,
     else as base64 in JSON. `transport` and `sleep` are for tests. Every method may raise the tree in `keypast.errors`.
@@ -39,190 +40,199 @@ class Client:
         headers: Mapping[str, str] | None = None,
         retries: Retries | None = None,
         binary: bool = True,
-        transport: httpx.BaseTransport | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         url = _protocol.resolve_url(base_url)
-        self._http = httpx.Client(
+        self._http = httpx.AsyncClient(
             base_url=url, timeout=timeout, headers=headers, transport=transport, limits=_protocol.LIMITS
         )
         self._retries = retries or Retries()
         self._sleep = sleep
-        self.sessions = Sessions(self, binary=binary)
+        self.sessions = AsyncSessions(self, binary=binary)
 
     def __repr__(self) -> str:
-        return f"<Client {self._http.base_url}>"
+        return f"<AsyncClient {self._http.base_url}>"
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Closes the connections; sessions stay in the service."""
-        self._http.close()
+        await self._http.aclose()
 
-    def models(self) -> list[ModelCard]:
-        return self.send(_session.MODELS)
+    async def models(self) -> list[ModelCard]:
+        return await self.send(_session.MODELS)
 
-    def capacity(self) -> Capacity:
-        return self.send(_session.CAPACITY)
+    async def capacity(self) -> Capacity:
+        return await self.send(_session.CAPACITY)
 
-    def ready(self) -> bool:
+    async def ready(self) -> bool:
         """False while the service loads, drains or is down; raises ConnectFailed when there is none."""
-        return self.send(_session.READY)
+        return await self.send(_session.READY)
 
-    def version(self) -> str:
+    async def version(self) -> str:
         """The service's version."""
-        return self.send(_session.VERSION)
+        return await self.send(_session.VERSION)
 
-    def send(self, call: Call[T]) -> T:
+    async def send(self, call: Call[T]) -> T:
         """Performs a call, again when it was safely refused (`Retries`)."""
-        return self._tried(lambda: call.parse(_read(self._open(call))))
 
-    def stream(self, call: Call[None]) -> httpx.Response:
+        async def attempt() -> T:
+            return call.parse(await _read(await self._open(call)))
+
+        return await self._tried(attempt)
+
+    async def stream(self, call: Call[None]) -> httpx.Response:
         """Performs a call whose reply is a stream; its status is checked, its body unread and the caller's to close."""
 
-        def attempt() -> httpx.Response:
-            response = self._open(call)
+        async def attempt() -> httpx.Response:
+            response = await self._open(call)
             if not response.is_success:
-                call.parse(_read(response))
+                call.parse(await _read(response))
             return response
 
-        return self._tried(attempt)
+        return await self._tried(attempt)
 
-    def _open(self, call: Call[T]) -> httpx.Response:
+    async def _open(self, call: Call[T]) -> httpx.Response:
         request = self._http.build_request(
             call.method, call.path, params=call.query, headers=call.headers, content=call.body
         )
         try:
-            return self._http.send(request, stream=True)
+            return await self._http.send(request, stream=True)
         except httpx.RequestError as error:
             raise transport_error(error) from error
 
-    def _tried(self, attempt: Callable[[], T]) -> T:
+    async def _tried(self, attempt: Callable[[], Awaitable[T]]) -> T:
         tried = 0
         while True:
             try:
-                return attempt()
+                return await attempt()
             except KeypastError as error:
                 wait = self._retries.wait(tried, error)
                 if wait is None:
                     raise
-            self._sleep(wait)
+            await self._sleep(wait)
             tried += 1
 
 
-def _read(response: httpx.Response) -> Response:
+async def _read(response: httpx.Response) -> Response:
     try:
-        with closing(response):
-            body = response.read()
+        async with aclosing(response):
+            body = await response.aread()
     except httpx.RequestError as error:
         raise transport_error(error) from error
     return Response(response.status_code, response.headers, body)
 
 
-class Sessions:
+class AsyncSessions:
     """The caller's sessions: `client.sessions`."""
 
-    def __init__(self, client: Client, *, binary: bool) -> None:
+    def __init__(self, client: AsyncClient, *, binary: bool) -> None:
         self._client = client
         self._binary = binary
 
-    def create(self, model: str, **options: Unpack[SessionOptions]) -> "Session":
-        return self._session(self._client.send(_session.create_session(model, options)))
+    async def create(self, model: str, **options: Unpack[SessionOptions]) -> "AsyncSession":
+        return self._session(await self._client.send(_session.create_session(model, options)))
 
-    def get(self, session_id: str) -> "Session":
-        return self._session(self._client.send(_session.get_session(session_id)))
+    async def get(self, session_id: str) -> "AsyncSession":
+        return self._session(await self._client.send(_session.get_session(session_id)))
 
-    def list(self, **filters: Unpack[SessionFilter]) -> Iterator["Session"]:
+    async def list(self, **filters: Unpack[SessionFilter]) -> AsyncIterator["AsyncSession"]:
         """All of them, a page fetched when it is needed."""
         cursor: str | None = None
         while True:
-            page = self._client.send(_session.list_sessions(filters, cursor))
-            yield from map(self._session, page.data)
+            page = await self._client.send(_session.list_sessions(filters, cursor))
+            for view in page.data:
+                yield self._session(view)
             cursor = page.next_cursor
             if cursor is None:
                 return
 
-    def delete(self, session_id: str) -> Receipt:
-        return self._client.send(_session.delete_session(session_id))
+    async def delete(self, session_id: str) -> Receipt:
+        return await self._client.send(_session.delete_session(session_id))
 
-    def _session(self, view: SessionView) -> "Session":
-        return Session(self._client, view, binary=self._binary)
+    def _session(self, view: SessionView) -> "AsyncSession":
+        return AsyncSession(self._client, view, binary=self._binary)
 
 
-class Session(SessionCore):
+class AsyncSession(SessionCore):
     """A session of the service. As a context manager it deletes itself at the end."""
 
-    def __init__(self, client: Client, view: SessionView, *, binary: bool) -> None:
+    def __init__(self, client: AsyncClient, view: SessionView, *, binary: bool) -> None:
         super().__init__(view, binary=binary)
         self._client = client
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         with suppress(KeypastError):  # gone already, or unreachable: neither may hide what the block raised
-            self.delete()
+            await self.delete()
 
-    def prefill(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+    async def prefill(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
         """Appends n >= 1 positions to any past. Raises LengthExceeded, PreconditionFailed, Refused, and the rest."""
-        return self._client.send(self._append("prefill", inputs))
+        return await self._client.send(self._append("prefill", inputs))
 
-    def step(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+    async def step(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
         """Appends one position a row to a past that is not empty (else WrongState)."""
-        return self._client.send(self._append("step", inputs))
+        return await self._client.send(self._append("step", inputs))
 
     @overload
-    def generate(self, *, stream: Literal[True], **options: Unpack[GenerateOptions]) -> "TokenStream": ...
+    async def generate(self, *, stream: Literal[True], **options: Unpack[GenerateOptions]) -> "AsyncTokenStream": ...
     @overload
-    def generate(self, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]) -> GenerateReply: ...
-    def generate(self, *, stream: bool = False, **options: Unpack[GenerateOptions]) -> "GenerateReply | TokenStream":
+    async def generate(
+        self, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+    ) -> GenerateReply: ...
+    async def generate(
+        self, *, stream: bool = False, **options: Unpack[GenerateOptions]
+    ) -> "GenerateReply | AsyncTokenStream":
         """The service's own loop of sample and step; every token is a commit."""
         if not stream:
-            return self._client.send(self._generate(options))
-        response = self._client.stream(self._stream(options))
-        return TokenStream(response, StreamReader(self._moved))
+            return await self._client.send(self._generate(options))
+        response = await self._client.stream(self._stream(options))
+        return AsyncTokenStream(response, StreamReader(self._moved))
 
     @overload
-    def fork(
+    async def fork(
         self, count: None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
-    ) -> "Session": ...
+    ) -> "AsyncSession": ...
     @overload
-    def fork(
+    async def fork(
         self, count: int, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
-    ) -> "list[Session]": ...
-    def fork(
+    ) -> "list[AsyncSession]": ...
+    async def fork(
         self, count: int | None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
-    ) -> "Session | list[Session]":
+    ) -> "AsyncSession | list[AsyncSession]":
         """Children that share this session's blocks until one writes. Without a count one child, else a list.
 
         `at`: their length, one int or one a row; default: this session's.
         """
-        views = self._client.send(self._fork(count or 1, at, expectation))
-        children = [Session(self._client, view, binary=self._binary) for view in views]
+        views = await self._client.send(self._fork(1 if count is None else count, at, expectation))
+        children = [AsyncSession(self._client, view, binary=self._binary) for view in views]
         return children if count is not None else children[0]
 
-    def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
+    async def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
         """Rolls back to an earlier length, one int or one a row."""
-        self._client.send(self._truncate(length, expectation))
+        await self._client.send(self._truncate(length, expectation))
 
-    def refresh(self) -> Self:
+    async def refresh(self) -> Self:
         """Asks the service how the session is: `view`, `version` and `valid_length`."""
-        self._client.send(self._refresh())
+        await self._client.send(self._refresh())
         return self
 
-    def delete(self) -> Receipt:
+    async def delete(self) -> Receipt:
         """Frees every block now."""
-        return self._client.send(_session.delete_session(self.id))
+        return await self._client.send(_session.delete_session(self.id))
 
 
-class TokenStream(Iterator[Token]):
-    """The tokens of one `generate(stream=True)`. Leaving early, by `close` or `with`, stops the service within a token.
+class AsyncTokenStream(AsyncIterator[Token]):
+    """The tokens of one `generate(stream=True)`; `end` is the stream's last event, once it has come.
 
-    `end` is the stream's last event, once it has come.
+    Leaving early, by `aclose` or `async with`, stops the service within a token. An `async for` alone does not close.
     """
 
     def __init__(self, response: httpx.Response, reader: StreamReader) -> None:
@@ -230,28 +240,29 @@ class TokenStream(Iterator[Token]):
         self._reader = reader
         self._tokens = self._read()
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
-    def __next__(self) -> Token:
-        return next(self._tokens)
+    async def __anext__(self) -> Token:
+        return await anext(self._tokens)
 
     @property
     def end(self) -> StreamEnd | None:
         return self._reader.end
 
-    def close(self) -> None:
-        self._tokens.close()
-        self._response.close()
+    async def aclose(self) -> None:
+        await self._tokens.aclose()
+        await self._response.aclose()
 
-    def _read(self) -> Generator[Token, None, None]:
-        with closing(self._response):
+    async def _read(self) -> AsyncGenerator[Token, None]:
+        async with aclosing(self._response):
             try:
-                for chunk in self._response.iter_bytes():
-                    yield from self._reader.feed(chunk)
+                async for chunk in self._response.aiter_bytes():
+                    for token in self._reader.feed(chunk):
+                        yield token
                     if self._reader.done:
                         break
             except httpx.RequestError as error:

@@ -1,9 +1,10 @@
 """The sync client: a thin shell of httpx around `_protocol` and `_session`. `aio` is its async twin.
 
-with Client() as client, client.sessions.create("smollm2-135m") as session:
-    session.prefill(text="The capital of France is")
-    for token in session.generate(stream=True, max_tokens=16):
-        print(token.text, end="", flush=True)
+Use:
+    with Client() as client, client.sessions.create("smollm2-135m") as session:
+        session.prefill(text="The capital of France is")
+        for token in session.generate(stream=True, max_tokens=16):
+            print(token.text, end="", flush=True)
 """
 
 import time
@@ -200,7 +201,7 @@ class Session(SessionCore):
 
         `at`: their length, one int or one a row; default: this session's.
         """
-        views = self._client.send(self._fork(count or 1, at, expectation))
+        views = self._client.send(self._fork(1 if count is None else count, at, expectation))
         children = [Session(self._client, view, binary=self._binary) for view in views]
         return children if count is not None else children[0]
 
@@ -219,9 +220,9 @@ class Session(SessionCore):
 
 
 class TokenStream(Iterator[Token]):
-    """The tokens of one `generate(stream=True)`. Leaving early, by `close` or `with`, stops the service within a token.
+    """The tokens of one `generate(stream=True)`; `end` is the stream's last event, once it has come.
 
-    `end` is the stream's last event, once it has come.
+    Leaving early, by `close` or `with` or out of a `for` over the call itself, stops the service within a token.
     """
 
     def __init__(self, response: httpx.Response, reader: StreamReader) -> None:

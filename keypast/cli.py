@@ -1,0 +1,121 @@
+"""The `keypast` command."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from json import dumps
+from os import environ
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from keypast.chat import Chat, ChatOptions, advice
+from keypast.client import Client
+from keypast.errors import KeypastError
+
+Connect = Callable[[str | None], Client]  # what a context's `obj` holds in place of Client
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Url = Annotated[str | None, typer.Option(help="The service's address; default: KEYPAST_URL, else the local one.")]
+
+
+@app.callback()
+def keypast() -> None:
+    """Hold, step, fork and roll back a transformer's past over HTTP."""
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="A model to load; repeatable.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="Memory for the past, in bytes.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Start the service. What is not given comes from the environment's KEYPAST_*, else from its defaults."""
+    given = {"host": host, "port": port, "dtype": dtype, "device": device, "kv_memory": kv_memory, "threads": threads}
+    environ.update({f"KEYPAST_{name.upper()}": str(value) for name, value in given.items() if value is not None})
+    if model:
+        environ["KEYPAST_MODELS"] = dumps(dict(map(_named, model)))
+    try:
+        service = import_module("service.__main__")
+    except ModuleNotFoundError as error:
+        message = f"serving needs {error.name}, which is not installed: pip install 'keypast[server]'"
+        raise _failed(message) from None
+    service.main()
+
+
+@app.command()
+def models(context: typer.Context, url: Url = None) -> None:
+    """List the models that the service has loaded."""
+    try:
+        with _connect(context, url) as client:
+            cards = client.models()
+    except KeypastError as error:
+        raise _failed(advice(error)) from None
+    table = Table("model", "kind", "max length", "dtype", "device", "inputs")
+    for card in cards:
+        inputs = ", ".join(info.name for info in card.inputs)
+        table.add_row(card.id, card.kind, str(card.max_length), card.dtype, card.device, inputs)
+    # cut to a terminal's width only where there is one
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@app.command()
+def chat(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="Default: the first that takes text.")] = None,
+    url: Url = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply.")] = 512,
+) -> None:
+    """Chat with a model over one session: /fork, /switch, /undo, /stats, /help, /quit."""
+    options = ChatOptions(system, temperature, max_tokens)
+    prompt = "› " if sys.stdin.isatty() else ""
+    try:
+        with _connect(context, url) as client:
+            name = model or _first_decoder(client)
+            Chat(client, name, options, console=Console(), read=lambda: input(prompt)).run()
+    except KeypastError as error:
+        raise _failed(advice(error)) from None
+
+
+def main() -> None:
+    app()
+
+
+def _connect(context: typer.Context, url: str | None) -> Client:
+    connect: Connect = context.obj or Client
+    try:
+        return connect(url)
+    except ValueError as error:
+        raise _failed(str(error)) from None
+
+
+def _first_decoder(client: Client) -> str:
+    for card in client.models():
+        if any(info.name == "token_ids" for info in card.inputs):
+            return card.id
+    raise _failed("no loaded model takes text; start the service with one: keypast serve --model NAME=SPEC")
+
+
+def _named(option: str) -> tuple[str, str]:
+    name, equals, spec = option.partition("=")
+    if not (name and equals and spec):
+        raise _failed(f"--model takes NAME=SPEC, not {option!r}")
+    return name, spec
+
+
+def _failed(message: str) -> typer.Exit:
+    Console(stderr=True, soft_wrap=True).print(f"keypast: {message}", markup=False, highlight=False)
+    return typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
