@@ -120,7 +120,7 @@ class AppendResult:
     attn_out: Array | None = None
     attn_weights: Array | None = None
     logits: Array | None = None
-    next_token: list[int] | None = None
+    next_token: list[int | None] | None = None
     text: list[str] | None = None
     top_logprobs: list[list[schemas.TopLogprob]] | None = None
 

@@ -46,9 +46,10 @@ class Code(StrEnum):
     INVALID_INPUT = "invalid_input"  # 422
     LENGTH_EXCEEDED = "length_exceeded"  # 422
     QUEUE_FULL = "queue_full"  # 429
+    POOL_EXHAUSTED = "pool_exhausted"  # 429
     MODEL_FAILED = "model_failed"  # 500
     INTERNAL = "internal"  # 500
-    POOL_EXHAUSTED = "pool_exhausted"  # 503
+    NOT_READY = "not_ready"  # 503, the models are still loading
     ENGINE_STOPPED = "engine_stopped"  # 503
 
 
@@ -302,8 +303,10 @@ class Outputs(Reply):
     attn_weights: TensorBody | None = Field(default=None, description="(B, n, T) averaged, else (B, N, n, T)")
     logits: TensorBody | None = Field(default=None, description="(B, 1, V) for last, (B, n, V) for all")
     top_logprobs: list[list[TopLogprob]] | None = Field(default=None, description="(B, k), the likeliest first")
-    next_token: list[int] | None = Field(default=None, description="(B,), not appended: step with it")
-    text: list[str] | None = Field(default=None, description="(B,): next_token as text")
+    next_token: list[int | None] | None = Field(
+        default=None, description="(B,), not appended: step with it; null for a row that appended nothing"
+    )
+    text: list[str] | None = Field(default=None, description='(B,): next_token as text, "" for null')
 
 
 class AppendReply(Appended):
@@ -331,7 +334,8 @@ class Generated(Reply):
     logprobs: list[list[float]] | None = None
 
 
-FinishReason = Literal["stop", "length"]  # its end-of-sequence token or a stop text; max_tokens or max_length
+# its end-of-sequence token or a stop text; max_tokens or max_length; the service stopped first
+FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class GenerateReply(Appended):
@@ -441,6 +445,7 @@ class Health(Reply):
     """`status` is ok for livez; ready, loading, draining or down for readyz."""
 
     status: str
+    detail: str | None = Field(default=None, description="what is being loaded, or went wrong")
 
 
 class Version(Reply):
