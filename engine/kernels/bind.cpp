@@ -1,0 +1,185 @@
+// The operators as torch sees them: checks shapes and types, fills in plain structs. The only file that reads torch.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "kernels.h"
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+keypast::DType type_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case at::kHalf: return keypast::DType::f16;
+    case at::kBFloat16: return keypast::DType::bf16;
+    case at::kFloat: return keypast::DType::f32;
+    default: TORCH_CHECK(false, "keypast: ", name, " must be float16, bfloat16 or float32, not ", x.scalar_type());
+  }
+}
+
+template <class T>
+const T* vector_of(const Tensor& x, const char* name, int64_t length) {
+  TORCH_CHECK(x.dim() == 1 && x.numel() == length && x.is_contiguous(), "keypast: ", name, " must be contiguous (", length,
+              ",), not ", x.sizes());
+  return x.const_data_ptr<T>();
+}
+
+keypast::Heads heads_of(const Tensor& x, const char* name) {
+  TORCH_CHECK(x.dim() == 3 && (x.stride(2) == 1 || x.size(2) == 1), "keypast: ", name,
+              " must be (T, heads, head_dim) with a contiguous last axis, not ", x.sizes());
+  return {x.data_ptr(), x.stride(0), x.stride(1)};
+}
+
+keypast::Pool pool_of(const Tensor& x, const char* name, at::IntArrayRef shape) {
+  TORCH_CHECK(x.sizes() == shape, "keypast: ", name, " must be ", shape, ", not ", x.sizes());
+  TORCH_CHECK(x[0][0].is_contiguous(), "keypast: ", name, " must be contiguous inside a block");
+  return {x.data_ptr(), x.stride(0), x.stride(1)};
+}
+
+void set_rotary(const optional<Tensor>& cos, const optional<Tensor>& sin, keypast::Attend* a) {
+  if (!cos) return;
+  TORCH_CHECK(sin && cos->dim() == 2 && cos->sizes() == sin->sizes() && cos->is_contiguous() && sin->is_contiguous() &&
+                  2 * cos->size(1) <= a->head_dim,
+              "keypast: cos and sin must both be contiguous (max_length, rotary_dim / 2)");
+  a->cos = cos->const_data_ptr<float>();
+  a->sin = sin->const_data_ptr<float>();
+  a->rotary_length = cos->size(0);
+  a->rotary_half = cos->size(1);
+}
+
+void set_bias(const optional<Tensor>& bias, const optional<Tensor>& start, keypast::Attend* a) {
+  if (!bias) return;
+  TORCH_CHECK(start, "keypast: bias needs bias_start");
+  a->bias = vector_of<float>(*bias, "bias", bias->numel());
+  a->bias_start = vector_of<int64_t>(*start, "bias_start", a->rows + 1);
+  TORCH_CHECK(a->bias_start[0] == 0 && a->bias_start[a->rows] <= bias->numel(), "keypast: bias_start outruns bias");
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_blocks, const Tensor& v_blocks,
+              const Tensor& query_start, const Tensor& past_length, const Tensor& present_length,
+              const Tensor& block_table, const Tensor& positions, const Tensor& slots, bool causal,
+              const optional<Tensor>& bias, const optional<Tensor>& bias_start, const optional<Tensor>& cos,
+              const optional<Tensor>& sin, double scale) {
+  keypast::Attend a{};
+  a.q = heads_of(q, "q"), a.k = heads_of(k, "k"), a.v = heads_of(v, "v");
+  a.tokens = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2), a.kv_heads = k.size(1);
+  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == a.tokens && k.size(2) == a.head_dim && a.kv_heads > 0 &&
+                  a.heads % a.kv_heads == 0,
+              "keypast: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not go together");
+  TORCH_CHECK(k_blocks.dim() == 4 && k_blocks.size(0) > 0 && k_blocks.size(3) > 0, "keypast: k_blocks must have 4 axes");
+  a.blocks = k_blocks.size(0), a.block_size = k_blocks.size(3);
+  a.k_blocks = pool_of(k_blocks, "k_blocks", {a.blocks, a.kv_heads, a.head_dim, a.block_size});
+  a.v_blocks = pool_of(v_blocks, "v_blocks", {a.blocks, a.kv_heads, a.block_size, a.head_dim});
+  a.dtype = type_of(q, "q"), a.cache_dtype = type_of(k_blocks, "k_blocks");
+  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type() &&
+                  k_blocks.scalar_type() == v_blocks.scalar_type(),
+              "keypast: q, k, v share one type, and k_blocks and v_blocks another");
+  TORCH_CHECK(block_table.dim() == 2 && (block_table.stride(1) == 1 || block_table.size(1) == 1),
+              "keypast: block_table must be (rows, W) with a contiguous last axis");
+  a.rows = block_table.size(0), a.table_width = block_table.size(1), a.table_stride = block_table.stride(0);
+  a.block_table = block_table.const_data_ptr<int32_t>();
+  a.query_start = vector_of<int32_t>(query_start, "query_start", a.rows + 1);
+  a.past_length = vector_of<int32_t>(past_length, "past_length", a.rows);
+  a.present_length = vector_of<int32_t>(present_length, "present_length", a.rows);
+  a.positions = vector_of<int64_t>(positions, "positions", a.tokens);
+  a.slots = vector_of<int64_t>(slots, "slots", a.tokens);
+  set_bias(bias, bias_start, &a);
+  set_rotary(cos, sin, &a);
+  a.causal = causal, a.scale = static_cast<float>(scale);
+  Tensor out = at::empty({a.tokens, a.heads * a.head_dim}, q.options());
+  a.out = out.data_ptr();
+  keypast::attend(a, at::get_num_threads());
+  return out;
+}
+
+// Up to two leading axes as they stand; more are folded into one, copying if they must be.
+Tensor foldable(const Tensor& x) {
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "keypast: the last axis must not be empty");
+  const Tensor y = x.dim() > 3 ? x.reshape({-1, x.size(-1)}) : x;
+  return y.stride(-1) == 1 || y.size(-1) == 1 ? y : y.contiguous();
+}
+
+keypast::Rows rows_of(const Tensor& x) {
+  const int64_t n = x.dim();
+  if (n == 1) return {x.data_ptr(), 1, 0, 0};
+  if (n == 2) return {x.data_ptr(), 1, x.stride(0), 0};
+  return {x.data_ptr(), std::max<int64_t>(1, x.size(1)), x.stride(0), x.stride(1)};
+}
+
+keypast::Norm norm_of(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+  keypast::Norm a{};
+  a.width = x.size(-1), a.rows = x.numel() / a.width, a.eps = static_cast<float>(eps);
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == a.width && weight.is_contiguous(), "keypast: weight must be (", a.width,
+              ",), not ", weight.sizes());
+  a.x = rows_of(x), a.weight = weight.data_ptr(), a.out = out.data_ptr();
+  a.dtype = type_of(x, "x"), a.weight_dtype = type_of(weight, "weight");
+  return a;
+}
+
+Tensor rms_norm(const Tensor& input, const Tensor& weight, double eps) {
+  const Tensor x = foldable(input);
+  Tensor out = at::empty(input.sizes(), input.options());
+  keypast::rms_norm(norm_of(x, weight, eps, out), at::get_num_threads());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& other, const Tensor& weight, double eps) {
+  TORCH_CHECK(input.sizes() == other.sizes() && input.scalar_type() == other.scalar_type(),
+              "keypast: x and residual must have one shape and type");
+  const Tensor x = foldable(input), residual = foldable(other);
+  Tensor out = at::empty(input.sizes(), input.options()), sum = at::empty(input.sizes(), input.options());
+  keypast::Norm a = norm_of(x, weight, eps, out);
+  a.residual = rows_of(residual), a.sum = sum.data_ptr();
+  keypast::rms_norm(a, at::get_num_threads());
+  return {out, sum};
+}
+
+Tensor silu_gate(const Tensor& input) {
+  const Tensor x = foldable(input);
+  TORCH_CHECK(x.size(-1) % 2 == 0, "keypast: the last axis holds gate and up side by side, so its length is even");
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() /= 2;
+  Tensor out = at::empty(shape, input.options());
+  keypast::Gate a{};
+  a.width = shape.back(), a.rows = out.numel() / a.width;
+  a.x = rows_of(x), a.out = out.data_ptr(), a.dtype = type_of(x, "x");
+  keypast::silu_gate(a, at::get_num_threads());
+  return out;
+}
+
+std::string isa() { return keypast::chosen().name; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (auto v = keypast::variants(); *v; ++v) names.push_back((*v)->name);
+  return names;
+}
+
+void force_isa(c10::string_view name) {
+  TORCH_CHECK(keypast::choose(std::string(name).c_str()), "keypast: this machine has no ", name);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(keypast, m) {
+  m.def(
+      "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) k_blocks, Tensor(b!) v_blocks, Tensor query_start, "
+      "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, bool causal, "
+      "Tensor? bias, Tensor? bias_start, Tensor? cos, Tensor? sin, float scale) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
+  m.def("silu_gate(Tensor x) -> Tensor");
+  m.def("isa() -> str", isa);
+  m.def("isas() -> str[]", isas);
+  m.def("force_isa(str name) -> ()", force_isa);
+}
+
+TORCH_LIBRARY_IMPL(keypast, CPU, m) {
+  m.impl("attend", attend);
+  m.impl("rms_norm", rms_norm);
+  m.impl("add_rms_norm", add_rms_norm);
+  m.impl("silu_gate", silu_gate);
+}

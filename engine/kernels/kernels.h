@@ -1,0 +1,95 @@
+// What the binding, the driver and the kernel variants say to each other: plain structs, no torch, no templates.
+#pragma once
+#include <cstdint>
+
+namespace keypast {
+
+// Keys are cut at multiples of kChunk by absolute position. Every chunk computes its own maximum, sum and weighted
+// values from scratch, and chunks are merged in order, so a query's bits do not depend on how work is shared out.
+constexpr int kChunk = 256;
+constexpr int kLanes = 16;  // keys (or channels) in one vector, on every instruction set
+
+enum class DType { f16, bf16, f32 };
+
+inline constexpr int64_t bytes_of(DType type) { return type == DType::f32 ? 4 : 2; }
+
+// Rows of the last axis under up to two leading axes: row i starts at element
+// (i / inner) * outer_stride + (i % inner) * inner_stride.
+struct Rows {
+  void* data;
+  int64_t inner, outer_stride, inner_stride;
+};
+
+struct Heads {  // (tokens, heads, head_dim), last axis contiguous
+  void* data;
+  int64_t token_stride, head_stride;
+};
+
+struct Pool {  // (blocks, kv_heads, ...), the last two axes contiguous
+  void* data;
+  int64_t block_stride, head_stride;
+};
+
+struct Attend {
+  Heads q, k, v;
+  Pool k_blocks, v_blocks;
+  void* out;  // (tokens, heads * head_dim), contiguous
+  DType dtype, cache_dtype;
+  const int32_t *query_start, *past_length, *present_length, *block_table;
+  const int64_t *positions, *slots;
+  const float *bias, *cos, *sin;  // each may be null
+  const int64_t* bias_start;
+  int64_t tokens, rows, heads, kv_heads, head_dim, blocks, block_size, table_width, table_stride;
+  int64_t rotary_half, rotary_length;
+  bool causal;
+  float scale;
+};
+
+// Queries [first, first + queries) of a row, for all the query heads that read one kv head.
+struct Tile {
+  int32_t row, kv_head, first, queries;
+  int32_t chunks;    // chunks its longest-sighted query sees
+  int64_t partials;  // offset of its chunk partials when several tasks share the tile, else -1
+};
+
+struct Norm {
+  Rows x, residual;  // residual.data may be null
+  void* weight;
+  void *out, *sum;  // contiguous; sum is used only with a residual
+  DType dtype, weight_dtype;
+  int64_t rows, width;
+  float eps;
+};
+
+struct Gate {
+  Rows x;
+  void* out;  // contiguous (rows, width)
+  DType dtype;
+  int64_t rows, width;  // x rows hold 2 * width
+};
+
+// The same source compiled for one instruction set.
+struct Variant {
+  const char* name;
+  // Floats of scratch one thread needs, and of one chunk's partial, for a tile of `rows` (query, head) rows.
+  int64_t (*scratch_size)(const Attend&, int64_t rows);
+  int64_t (*partial_size)(const Attend&, int64_t rows);
+  void (*write)(const Attend&, int64_t first_token, int64_t last_token, float* scratch);
+  // Attends chunks [begin, end). With `partials` leaves one partial per chunk there, else finishes the output.
+  void (*attend)(const Attend&, const Tile&, int begin, int end, float* scratch, float* partials);
+  void (*merge)(const Attend&, const Tile&, float* scratch, const float* partials);
+  void (*rms_norm)(const Norm&, int64_t begin, int64_t end);
+  void (*silu_gate)(const Gate&, int64_t begin, int64_t end);
+};
+
+// Variants this machine can run, best first; terminated by null.
+const Variant* const* variants();
+const Variant& chosen();
+bool choose(const char* name);  // false: no such variant here
+
+// The drivers: share the work out over at most `threads` threads.
+void attend(const Attend& args, int threads);
+void rms_norm(const Norm& args, int threads);
+void silu_gate(const Gate& args, int threads);
+
+}  // namespace keypast
