@@ -15,6 +15,8 @@ Tensor names are the engine's own, one set for all families; a linear weight is 
     blocks.{i}.feed_forward_norm.*    blocks.{i}.feed_forward.{gate,up,down}_proj.*    (GPT-2: up, down)
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -23,13 +25,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from engine.errors import InvalidInput
-from engine.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from engine.models.config import DecoderConfig
 
 _FLOATS = ("F32", "F16", "BF16")
 _JSON_BYTES = 16 * 2**20  # an index of a very large model is 1 MB
@@ -99,12 +103,14 @@ class Checkpoint:
     _sources: Mapping[str, _Source] = field(repr=False)
 
     @classmethod
-    def open(cls, path: Path, cache_dir: Path | None = None) -> "Checkpoint":
+    def open(cls, path: Path, cache_dir: Path | None = None) -> Checkpoint:
         """Raises InvalidInput for anything missing, misshapen or not to be used.
 
         `fingerprint` is the sha256 of config.json and of every weight file's content. With a `cache_dir` a file is
         hashed once and its digest kept (see `file_digest`); without one each start reads every byte.
         """
+        from engine.models.config import DecoderConfig  # the package's builders import this module
+
         config_path = path / "config.json"
         generation_path = path / "generation_config.json"
         generation = read_json(generation_path) if generation_path.exists() else None
@@ -176,13 +182,13 @@ def _match(config: DecoderConfig, files: list[Path]) -> dict[str, _Source]:
     """Our names to their places in the files; raises InvalidInput for a missing, misshapen or unknown tensor."""
     found = _headers(files)
     sources: dict[str, _Source] = {}
-    for name, shape in tensor_shapes(config).items():
+    expected_shapes = stored_shapes(config)
+    for name in tensor_shapes(config):
         stored, transposed, third = _stored_as(config, name)
         if stored not in found:
             raise InvalidInput("model", f"tensor {stored!r} is missing")
         file, full_name, stored_shape, dtype = found[stored]
-        expected = shape if third is None else (3 * shape[0], *shape[1:])
-        expected = expected[::-1] if transposed else expected
+        expected = expected_shapes[stored]
         if stored_shape != expected:
             raise InvalidInput(
                 "model", f"tensor {full_name!r} is {list(stored_shape)}; config.json says {list(expected)}"
@@ -196,6 +202,16 @@ def _match(config: DecoderConfig, files: list[Path]) -> dict[str, _Source]:
         if full_name not in used and not tied_twice and not _BUFFER.search(stored):
             raise InvalidInput("model", f"tensor {full_name!r} is not part of a {config.architecture}")
     return sources
+
+
+def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a file of this config must hold, by the Hub's names without their prefix, in the Hub's layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in tensor_shapes(config).items():
+        stored, transposed, third = _stored_as(config, name)
+        whole = shape if third is None else (3 * shape[0], *shape[1:])
+        shapes[stored] = whole[::-1] if transposed else whole
+    return shapes
 
 
 def _stored_as(config: DecoderConfig, name: str) -> tuple[str, bool, int | None]:

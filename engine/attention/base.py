@@ -3,7 +3,7 @@
 Layouts (R rows, T new positions of all rows packed, W blocks in the widest table):
 
     q          (T, heads, head_dim)       any strides, last axis contiguous
-    k, v       (T, kv_heads, head_dim)    likewise; heads is a multiple of kv_heads (query head h reads kv head h // group)
+    k, v       (T, kv_heads, head_dim)    likewise; query head h reads kv head h // (heads / kv_heads)
     K blocks   (blocks, kv_heads, head_dim, block_size)    keys transposed inside a block: a vector register holds one
                                                            channel of many keys, so scores need no horizontal sums
     V blocks   (blocks, kv_heads, block_size, head_dim)
@@ -29,7 +29,7 @@ class AttentionInputs:
     positions: Tensor  # int64 (T,) absolute position of each packed position
     slots: Tensor  # int64 (T,) block * block_size + offset that its K and V are written to
     causal: bool
-    bias: Tensor | None = None  # float32 (sum n_r * present_length[r],), added to scores; row r's part is row-major (n_r, present_length[r])
+    bias: Tensor | None = None  # float32, added to scores: each row's (n_r, present_length[r]), flattened, end to end
     bias_start: Tensor | None = None  # int64 (R + 1,) offsets into `bias`
 
 

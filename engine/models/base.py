@@ -1,0 +1,62 @@
+"""What the runner asks of a model, whatever its kind, and what loading one takes and gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.attention.view import KVView
+from engine.batch import Row, RowResult
+from engine.errors import InvalidInput
+from engine.specs import DTYPE_BYTES, ModelSpec
+from engine.text import Tokenizer
+
+Progress = Callable[[str], None]
+
+
+class Model(Protocol):
+    spec: ModelSpec
+
+    def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
+        """The inputs of all rows, packed along positions (T, ...) -> hidden states (T, H)."""
+        ...
+
+    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
+        """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + max(count, replay)]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """`dtype` of the weights, "auto": float16 on a GPU, bfloat16 on the CPU (whose float16 products are slow).
+    `device` "auto": the GPU if there is one. `kv_dtype` of the past. `cache_dir` keeps what is converted once."""
+
+    cache_dir: Path
+    dtype: str = "auto"
+    kv_dtype: str = "float16"
+    device: str = "auto"
+
+    def resolve(self) -> tuple[str, torch.dtype]:
+        """(device, dtype of the weights). Raises InvalidInput."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise InvalidInput("device", f"must be auto, cpu or cuda, got {device!r}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise InvalidInput("device", "there is no GPU that torch can use; leave it at auto or say cpu")
+        name = self.dtype if self.dtype != "auto" else "bfloat16" if device == "cpu" else "float16"
+        for field, value in (("dtype", name), ("kv_dtype", self.kv_dtype)):
+            if value not in DTYPE_BYTES:
+                raise InvalidInput(field, f"must be one of {', '.join(DTYPE_BYTES)}, got {value!r}")
+        dtype: torch.dtype = getattr(torch, name)
+        return device, dtype
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    tokenizer: Tokenizer | None

@@ -1,0 +1,144 @@
+"""Kind `decoder`: token embedding, N blocks, norm and head; token ids in, logits out. Five families as data."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.attention.base import Rotary
+from engine.attention.view import KVView
+from engine.batch import Row, RowResult
+from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm
+from engine.models.config import DecoderConfig
+from engine.sampling import draw
+from engine.specs import KVSpec, ModelSpec, TensorSpec
+
+
+def decoder_spec(
+    name: str, config: DecoderConfig, *, dtype: str, kv_dtype: str, device: str, fingerprint: str
+) -> ModelSpec:
+    vocab_size = config.vocab_size
+    return ModelSpec(
+        name=name,
+        kind="decoder",
+        inputs=(TensorSpec("token_ids", ("int32", "int64"), values=(0, vocab_size - 1)),),
+        outputs=(
+            TensorSpec("logits", ("float32",), (vocab_size,), required=False),
+            TensorSpec("top_logprobs", ("float32",), required=False),
+            TensorSpec("next_token", ("int64",), required=False),
+        ),
+        kv=KVSpec(config.layers, config.kv_heads, config.head_dim, kv_dtype),
+        causal=True,
+        max_length=config.max_length,
+        dtype=dtype,
+        device=device,
+        fingerprint=fingerprint,
+        history="token_ids",
+        vocab_size=vocab_size,
+    )
+
+
+class DecoderModel(nn.Module):
+    def __init__(self, spec: ModelSpec, config: DecoderConfig, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.rotary = rotary
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_length, config.hidden_size) if learned else None
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
+        self.norm = _norm(config)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def pack(self) -> None:
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            block.pack()
+        self.head.pack()
+
+    def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
+        """token_ids (T,) -> the last block's residual stream (T, H), before the final norm."""
+        x: Tensor = self.embed(inputs["token_ids"])
+        if self.positions is not None:
+            x = x + self.positions(kv.inputs.positions)
+        delta = None
+        for layer, block in enumerate(self.blocks):
+            x, delta = block(x, delta, kv, layer, self.rotary)
+        return x if delta is None else x + delta
+
+    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
+        """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
+        ends = [start + max(row.count, int(row.replay)) for row, start in zip(rows, starts, strict=True)]
+        tails = torch.stack(
+            [row.tail if end == start else hidden[end - 1] for row, start, end in zip(rows, starts, ends, strict=True)]
+        )
+        results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, tails, strict=True)]
+        wanting = [index for index, row in enumerate(rows) if _wants_last(row)]
+        if wanting:
+            logits = self._logits(tails if len(wanting) == len(rows) else tails[wanting], kv)
+            self._last_outputs(logits, [rows[index] for index in wanting], [results[index] for index in wanting])
+        for row, start, result in zip(rows, starts, results, strict=True):
+            if row.work.want.logits == "all" and row.count:
+                result.positions["logits"] = self._logits(hidden[start : start + row.count], kv).cpu().numpy()
+        return results
+
+    def _logits(self, hidden: Tensor, kv: KVView) -> Tensor:
+        """hidden (R, H) -> float32 (R, V)."""
+        normed, _ = self.norm(hidden, None, kv.backend)
+        out: Tensor = self.head(normed)
+        return out.float()
+
+    def _last_outputs(self, logits: Tensor, rows: list[Row], results: list[RowResult]) -> None:
+        drawing = [index for index, row in enumerate(rows) if row.work.want.sample is not None]
+        if drawing:
+            at = logits if len(drawing) == len(rows) else logits[drawing]
+            chosen = [rows[index] for index in drawing]
+            samples = [row.work.want.sample for row in chosen]
+            tokens = draw(
+                at,
+                [sample for sample in samples if sample is not None],
+                [_history(row) for row in chosen],
+                [(row.index, row.stop) for row in chosen],
+            )
+            logprobs = at.gather(-1, tokens[:, None])[:, 0] - at.logsumexp(-1)
+            for index, token, logprob in zip(drawing, tokens.tolist(), logprobs.tolist(), strict=True):
+                results[index].once.update(next_token=token, logprob=logprob)
+        for row, own, result in zip(rows, logits, results, strict=True):
+            if row.work.want.logits == "last":
+                result.once["logits"] = own.cpu().numpy()
+            if row.work.want.top_logprobs:
+                top = torch.log_softmax(own, -1).topk(row.work.want.top_logprobs)
+                result.once["top_logprobs"] = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+def _wants_last(row: Row) -> bool:
+    want = row.work.want
+    return row.last and (want.logits == "last" or want.top_logprobs > 0 or want.sample is not None)
+
+
+def _history(row: Row) -> Tensor:
+    """The row's ids up to its stop, this append's included."""
+    assert row.history is not None
+    past = np.frombuffer(row.history, dtype=np.int64) if row.history else np.zeros(0, np.int64)
+    new = row.stop - row.work.past_length[row.index]
+    appended = row.work.inputs["token_ids"][row.index, :new] if new else past[:0]
+    return torch.from_numpy(np.concatenate([past, appended]))
+
+
+def _block(config: DecoderConfig) -> DecoderBlock:
+    attention = MultiHeadAttention(
+        config.hidden_size,
+        config.heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias,
+        qk_norm=config.norm_eps if config.qk_norm else None,
+    )
+    feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
+    return DecoderBlock(_norm(config), attention, _norm(config), feed_forward)
+
+
+def _norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps)

@@ -1,0 +1,583 @@
+"""What the engine promises its caller, on a runner whose past lives in a dict."""
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.batch import Append, Generate, Sample, TokenEvent, Truncate, Want
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import (
+    EngineError,
+    EngineStopped,
+    InvalidInput,
+    LengthExceeded,
+    ModelFailed,
+    ModelNotFound,
+    Moved,
+    PoolExhausted,
+    QueueFull,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    WrongState,
+)
+from engine.stats import Receipt
+from tests.fakes import ATTENTION, DECODER, FakeClock, FakeRunner, next_token
+
+DRAW = Want(sample=Sample())
+
+
+class House:
+    """An engine over one fake decoder and one fake attention layer, and short ways to talk to it."""
+
+    def __init__(self, **config: Any) -> None:
+        self.runner = FakeRunner(DECODER)
+        self.attention = FakeRunner(ATTENTION)
+        self.clock = FakeClock()
+        self.engine = Engine([self.runner, self.attention], EngineConfig(**{"token_budget": 32, **config}), self.clock)
+
+    def open(self, tokens: list[int] | None = None, **options: Any) -> str:
+        session_id = self.engine.create_session("decoder", **options).id
+        if tokens:
+            self.append(session_id, tokens)
+        return session_id
+
+    def submit(self, session_id: str, *rows: list[int], **options: Any) -> Append:
+        append = Append(session_id, {"token_ids": np.array(rows, dtype=np.int64)}, **options)
+        self.engine.submit(append)
+        return append
+
+    def append(self, session_id: str, *rows: list[int], **options: Any) -> Any:
+        append = self.submit(session_id, *rows, **options)
+        self.run()
+        return append.future.result(0)
+
+    def truncate(self, session_id: str, length: int | list[int], **options: Any) -> Any:
+        operation = Truncate(session_id, length, **options)
+        self.engine.submit(operation)
+        self.run()
+        return operation.future.result(0)
+
+    def generate(self, session_id: str, max_tokens: int, **options: Any) -> Any:
+        operation = Generate(session_id, max_tokens, **options)
+        self.engine.submit(operation)
+        self.run()
+        return operation.future.result(0)
+
+    def run(self) -> None:
+        while self.engine.run_once():
+            self.engine.check()
+
+    def lengths(self, session_id: str) -> list[int]:
+        return self.engine.session(session_id).valid_length
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.engine.check()
+    assert house.runner.faults == []
+
+
+# Appends
+
+
+def test_an_append_reports_where_it_began_and_ended(house: House):
+    session = house.open()
+    result = house.append(session, [1, 2, 3], want=DRAW)
+    assert (result.past_length, result.valid_length, result.version) == ([0], [3], 1)
+    assert result.outputs["next_token"] == [next_token([1, 2, 3])]
+    result = house.append(session, [4], step=True, want=DRAW)
+    assert (result.past_length, result.valid_length, result.version) == ([3], [4], 2)
+    assert result.outputs["next_token"] == [next_token([1, 2, 3, 4])]
+
+
+def test_a_long_append_runs_in_chunks_and_commits_once(house: House):
+    session = house.open()
+    result = house.append(session, list(range(90)), want=DRAW)
+    assert house.runner.batches == [[(session, 0, 0, 32)], [(session, 0, 32, 64)], [(session, 0, 64, 90)]]
+    assert result.version == 1
+    assert result.outputs["next_token"] == [next_token(list(range(90)))]
+
+
+def test_steps_run_beside_the_chunks_of_a_long_prefill(house: House):
+    busy, quick = house.open(), house.open([1])
+    house.runner.batches.clear()
+    long = house.submit(busy, [2] * 90)
+    house.engine.run_once()
+    step = house.submit(quick, [3], step=True)
+    house.engine.run_once()
+    assert step.future.done()
+    assert not long.future.done()
+    assert house.runner.batches[1] == [(quick, 0, 1, 2), (busy, 0, 32, 63)]
+    house.run()
+    assert long.future.result(0).valid_length == [90]
+
+
+def test_rows_of_a_padded_batch_advance_by_their_own_length(house: House):
+    session = house.open(batch_size=2)
+    result = house.append(session, [1, 2, 3], [4, 0, 0], batch_valid_length=[3, 1], want=DRAW)
+    assert result.valid_length == [3, 1]
+    assert result.outputs["next_token"] == [next_token([1, 2, 3]), next_token([4])]
+    result = house.append(session, [5], [6], step=True, batch_valid_length=[4, 2], want=DRAW)
+    assert result.outputs["next_token"] == [next_token([1, 2, 3, 5]), next_token([4, 6])]
+
+
+def test_attention_outputs_are_padded_to_the_longest_row(house: House):
+    session = house.engine.create_session("attention", batch_size=2).id
+    tensor = np.ones((2, 3, 4), dtype=np.float32)
+    inputs = {"query": tensor, "key": tensor, "value": tensor, "attention_mask": np.ones((2, 3, 3), dtype=bool)}
+    append = Append(session, inputs, batch_valid_length=[3, 1])
+    house.engine.submit(append)
+    house.run()
+    attn_out = append.future.result(0).outputs["attn_out"]
+    assert attn_out[:, :, 0].tolist() == [[1, 2, 3], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "field", "message"),
+    [
+        ({}, {}, "token_ids", "is required"),
+        ({"query": [[1]]}, {}, "query", "takes token_ids"),
+        ({"token_ids": [[1], [1]]}, {}, "token_ids", "shape must be"),
+        ({"token_ids": [[]]}, {}, "token_ids", "0 positions"),
+        ({"token_ids": [[97]]}, {}, "token_ids", "values must be 0 to 96"),
+        ({"token_ids": [[-1]]}, {}, "token_ids", "values must be 0 to 96"),
+        ({"token_ids": [[1, 2]]}, {"step": True}, "token_ids", "a step appends 1"),
+        ({"token_ids": [[1]]}, {"batch_valid_length": [3]}, "batch_valid_length", "0 to 1"),
+        ({"token_ids": [[1]]}, {"batch_valid_length": [0]}, "batch_valid_length", "at least one row must grow"),
+        ({"token_ids": [[1]]}, {"batch_valid_length": [1, 1]}, "batch_valid_length", "one length a row"),
+        ({"token_ids": [[1]]}, {"want": Want(need_weights=True)}, "need_weights", "gives logits"),
+        ({"token_ids": [[1]]}, {"want": Want(top_logprobs=98)}, "top_logprobs", "model decoder gives"),
+        ({"token_ids": [[1]]}, {"want": Want(sample=Sample(top_p=0))}, "sample.top_p", "out of range"),
+    ],
+)
+def test_bad_input_names_its_field_and_changes_nothing(
+    house: House, inputs: dict[str, Any], options: dict[str, Any], field: str, message: str
+):
+    session = house.open()
+    arrays = {name: np.array(rows, dtype=np.int64) for name, rows in inputs.items()}
+    with pytest.raises(InvalidInput, match=message) as caught:
+        append = Append(session, arrays, **options)
+        house.engine.submit(append)
+        house.run()
+        append.future.result(0)
+    assert caught.value.field == field
+    assert house.engine.session(session).version == 0
+    assert house.engine.capacity().models[0].used == 0
+
+
+def test_too_long_is_refused_before_anything_runs(house: House):
+    session = house.open([1] * 10, max_length=12)
+    with pytest.raises(LengthExceeded, match="13 positions pass the session's max_length 12"):
+        house.append(session, [1, 2, 3])
+    assert house.append(session, [1, 2]).valid_length == [12]
+    wide = house.open(batch_size=2)
+    with pytest.raises(LengthExceeded, match="can never fit the pool of 304"):
+        house.append(wide, [1] * 160, [1] * 160)
+
+
+def test_a_step_needs_a_past(house: House):
+    with pytest.raises(WrongState, match="prefill it"):
+        house.append(house.open(), [1], step=True)
+
+
+def test_a_step_at_another_length_or_version_is_refused(house: House):
+    session = house.open([1, 2])
+    with pytest.raises(Moved) as caught:
+        house.append(session, [3], step=True, batch_valid_length=[4])
+    assert (caught.value.version, caught.value.valid_length) == (1, [2])
+    with pytest.raises(Moved, match="at version 1, not 0"):
+        house.append(session, [3], expected_version=0)
+    assert house.append(session, [3], step=True, batch_valid_length=[3], expected_version=1).version == 2
+
+
+# Order, waiting, failing
+
+
+def test_appends_to_one_session_run_in_arrival_order(house: House):
+    session = house.open()
+    appends = [house.submit(session, [token], want=DRAW) for token in (1, 2, 3)]
+    house.run()
+    results = [append.future.result(0) for append in appends]
+    assert [result.version for result in results] == [1, 2, 3]
+    assert results[2].outputs["next_token"] == [next_token([1, 2, 3])]
+
+
+def test_a_refused_append_lets_the_next_one_run(house: House):
+    session = house.open([1], max_length=4)
+    busy = house.submit(session, [2])
+    too_long, fits = house.submit(session, [3, 4, 5]), house.submit(session, [3])
+    house.run()
+    assert busy.future.result(0).valid_length == [2]
+    assert isinstance(too_long.future.exception(0), LengthExceeded)
+    assert fits.future.result(0).valid_length == [3]
+
+
+def test_a_failing_row_never_hurts_its_batch(house: House):
+    good, bad = [house.open([1]) for _ in range(3)], house.open([1])
+    house.runner.poison = 66
+    appends = [house.submit(session, [2], step=True, want=DRAW) for session in good]
+    failing = house.submit(bad, [66])
+    house.run()
+    for append in appends:
+        assert append.future.result(0).outputs["next_token"] == [next_token([1, 2])]
+    assert isinstance(failing.future.exception(0), ModelFailed)
+    assert house.lengths(bad) == [1]
+    assert house.append(bad, [2], want=DRAW).outputs["next_token"] == [next_token([1, 2])]
+
+
+def test_a_failure_in_a_late_chunk_takes_the_whole_append_back(house: House):
+    session = house.open([5] * 20)
+    house.runner.poison = 66
+    before = house.engine.session(session)
+    with pytest.raises(ModelFailed):
+        house.append(session, [1] * 70 + [66])
+    after = house.engine.session(session)
+    assert (after.valid_length, after.version, after.blocks) == (before.valid_length, before.version, before.blocks)
+
+
+def test_a_failure_after_leaving_a_shared_block_gives_it_back(house: House):
+    parent = house.open([5] * 20)
+    child = house.engine.fork(parent)[0].id
+    house.runner.poison = 66
+    with pytest.raises(ModelFailed):
+        house.append(child, [66])
+    assert house.engine.session(child).shared_blocks == 2
+    assert house.append(child, [7], want=DRAW).outputs["next_token"] == [next_token([5] * 20 + [7])]
+
+
+def test_an_append_waits_for_blocks_and_is_refused_after_the_deadline(house: House):
+    hog, session = house.open([1] * 190), house.open([1] * 100)
+    waiting = house.submit(session, [2] * 60)
+    house.run()
+    assert not waiting.future.done()
+    house.clock.now += 31
+    house.run()
+    assert isinstance(waiting.future.exception(0), PoolExhausted)
+    again = house.submit(session, [2] * 60, want=DRAW)
+    house.run()
+    house.engine.delete_session(hog)
+    house.run()
+    assert again.future.result(0).outputs["next_token"] == [next_token([1] * 100 + [2] * 60)]
+
+
+def test_a_cancelled_append_is_dropped_if_it_has_not_run(house: House):
+    session = house.open([1])
+    first, second = house.submit(session, [2]), house.submit(session, [3])
+    assert second.future.cancel()
+    house.run()
+    assert first.future.result(0).valid_length == [2]
+    assert house.lengths(session) == [2]
+    unscheduled = house.submit(session, [4])
+    assert unscheduled.future.cancel()
+    house.run()
+    assert house.lengths(session) == [2]
+
+
+def test_queues_are_bounded(house: House):
+    session = house.open()
+    for token in range(16):
+        house.submit(session, [token])
+    with pytest.raises(QueueFull, match="on this session"):
+        house.submit(session, [1])
+    house.run()
+    small = House(max_waiting=2)
+    sessions = [small.open() for _ in range(3)]
+    small.submit(sessions[0], [1])
+    small.submit(sessions[1], [1])
+    with pytest.raises(QueueFull, match="2 operations wait"):
+        small.submit(sessions[2], [1])
+
+
+# Forking, truncating, deleting
+
+
+def test_a_fork_continues_as_its_parent_would(house: House):
+    parent = house.open([1, 2, 3])
+    children = [child.id for child in house.engine.fork(parent, count=2)]
+    assert house.engine.capacity().models[0].used == 1
+    first = house.append(children[0], [4], want=DRAW)
+    assert house.append(parent, [4], want=DRAW).outputs == first.outputs
+    other = house.append(children[1], [9], want=DRAW)
+    assert other.outputs["next_token"] == [next_token([1, 2, 3, 9])]
+    assert house.engine.session(children[0]).parent == parent
+
+
+def test_a_fork_may_start_earlier_and_while_the_parent_is_busy(house: House):
+    parent = house.open(list(range(20)))
+    running = house.submit(parent, [30] * 60)
+    house.engine.run_once()
+    child = house.engine.fork(parent, at=17)[0]
+    latest = house.engine.fork(parent)[0]
+    assert (child.valid_length, latest.valid_length) == ([17], [20])
+    assert child.blocks == child.shared_blocks == 2
+    house.run()
+    assert running.future.result(0).valid_length == [80]
+    result = house.append(child.id, [40], want=DRAW)
+    assert result.outputs["next_token"] == [next_token([*range(17), 40])]
+    assert house.append(latest.id, [41], want=DRAW).outputs["next_token"] == [next_token([*range(20), 41])]
+
+
+@pytest.mark.parametrize("at", [-1, 4, [1, 1]])
+def test_a_fork_outside_the_past_is_refused(house: House, at: int | list[int]):
+    with pytest.raises(InvalidInput, match="at: "):
+        house.engine.fork(house.open([1, 2, 3]), at=at)
+    with pytest.raises(InvalidInput, match="count: "):
+        house.engine.fork(house.open([1]), count=0)
+
+
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 39])
+def test_truncate_then_append_equals_never_having_appended(house: House, length: int):
+    tokens = list(range(40))
+    session = house.open(tokens)
+    info = house.truncate(session, length)
+    assert (info.valid_length, info.version, info.blocks) == ([length], 2, -(-length // 16))
+    result = house.append(session, [50, 51], want=DRAW)
+    assert result.outputs["next_token"] == [next_token([*tokens[:length], 50, 51])]
+
+
+def test_truncate_waits_its_turn_and_checks_its_length(house: House):
+    session = house.open([1, 2])
+    append = house.submit(session, [3])
+    cut = Truncate(session, 1)
+    house.engine.submit(cut)
+    assert not cut.future.done()
+    house.run()
+    assert append.future.result(0).valid_length == [3]
+    assert cut.future.result(0).valid_length == [1]
+    for length in (-1, 2, [0, 0]):
+        with pytest.raises(InvalidInput, match="length: "):
+            house.truncate(session, length)
+    with pytest.raises(Moved):
+        house.truncate(session, 0, expected_version=1)
+
+
+def test_deleting_frees_at_once_and_says_what(house: House):
+    parent = house.open([1] * 40)
+    child = house.engine.fork(parent, at=32)[0].id
+    assert house.engine.delete_session(parent) == Receipt(parent, 40, 512, 1, 2)
+    assert house.engine.delete_session(child) == Receipt(child, 32, 1024, 2, 0)
+    assert house.engine.capacity().models[0].free == 19
+    with pytest.raises(SessionGone, match="deleted"):
+        house.engine.session(child)
+
+
+def test_deleting_under_a_running_append_ends_it(house: House):
+    session, mate = house.open([1] * 20), house.open([1])
+    running = house.submit(session, [2] * 80)
+    waiting = house.submit(session, [3])
+    house.engine.run_once()
+    house.engine.delete_session(session)
+    house.engine.check()
+    for append in (running, waiting):
+        assert isinstance(append.future.exception(0), SessionGone)
+    assert house.append(mate, [2], want=DRAW).outputs["next_token"] == [next_token([1, 2])]
+    assert house.engine.capacity().models[0].used == 1
+
+
+def test_deleting_between_leaving_a_shared_block_and_its_copy(house: House):
+    parent = house.open([5] * 20)
+    child = house.engine.fork(parent)[0].id
+    house.runner.poison = 66
+    mate = house.open([1])
+    house.submit(child, [7])
+    house.submit(mate, [66])
+    house.engine.run_once()  # both fail and will be tried alone
+    house.engine.delete_session(child)
+    house.run()
+    assert house.append(parent, [6], want=DRAW).outputs["next_token"] == [next_token([5] * 20 + [6])]
+
+
+# Sessions
+
+
+def test_sessions_are_kept_apart_by_tenant(house: House):
+    session = house.open(tenant="a", session_id="mine")
+    assert house.engine.create_session("decoder", tenant="b", session_id="mine").id == "mine"
+    assert [info.id for info in house.engine.sessions("a")] == [session]
+    with pytest.raises(SessionNotFound):
+        house.engine.session("mine")
+    house.engine.delete_session("mine", tenant="b")
+    assert house.engine.session("mine", tenant="a").state == "idle"
+    house.engine.delete_session("mine", tenant="a")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"model": "other"}, ModelNotFound),
+        ({"session_id": "taken"}, SessionExists),
+        ({"session_id": "no/slash"}, InvalidInput),
+        ({"session_id": ""}, InvalidInput),
+        ({"session_id": "x" * 65}, InvalidInput),
+        ({"batch_size": 0}, InvalidInput),
+        ({"max_length": 201}, InvalidInput),
+        ({"max_length": 0}, InvalidInput),
+        ({"ttl_seconds": 0.0}, InvalidInput),
+        ({"ttl_seconds": float("nan")}, InvalidInput),
+    ],
+)
+def test_what_cannot_be_created(house: House, options: dict[str, Any], error: type[EngineError]):
+    house.open(session_id="taken")
+    with pytest.raises(error):
+        house.engine.create_session(**{"model": "decoder", **options})
+    assert len(house.engine.sessions()) == 1
+
+
+def test_an_idle_session_expires_and_a_read_does_not_revive_it(house: House):
+    session = house.open([1], ttl_seconds=10)
+    house.clock.now += 9
+    assert house.engine.session(session).expires_at == 1010
+    house.clock.now += 1
+    with pytest.raises(SessionGone, match="expired"):
+        house.engine.session(session)
+    house.engine.run_once()
+    assert house.engine.capacity().models[0].used == 0
+    with pytest.raises(SessionGone, match="expired"):
+        house.append(session, [1])
+
+
+def test_an_append_puts_off_expiry(house: House):
+    session = house.open([1], ttl_seconds=10)
+    house.clock.now += 9
+    house.append(session, [2])
+    house.clock.now += 9
+    assert house.engine.session(session).valid_length == [2]
+
+
+# Generation
+
+
+def test_generate_is_the_same_as_stepping_by_hand(house: House):
+    by_hand, served = house.open([1, 2, 3]), house.open([1, 2, 3])
+    tokens: list[int] = []
+    token = next_token([1, 2, 3])
+    for _ in range(5):
+        tokens.append(token)
+        token = house.append(by_hand, [token], step=True, want=DRAW).outputs["next_token"][0]
+    events: list[TokenEvent] = []
+    result = house.generate(served, 5, on_token=events.append)
+    assert result.token_ids == [tokens]
+    assert (result.past_length, result.valid_length, result.version) == ([3], [8], 6)
+    assert result.finish_reason == ["length"]
+    assert [event.token_ids for event in events] == [[token] for token in tokens]
+    assert [event.valid_length for event in events] == [[4], [5], [6], [7], [8]]
+    assert house.append(by_hand, [9], want=DRAW).outputs == house.append(served, [9], want=DRAW).outputs
+
+
+def test_a_stop_id_ends_a_row_before_it(house: House):
+    session = house.open([1, 2, 3])
+    free = house.generate(house.engine.fork(session)[0].id, 4).token_ids[0]
+    result = house.generate(session, 4, stop_ids=frozenset({free[2]}))
+    assert result.token_ids == [free[:2]]
+    assert result.finish_reason == ["stop"]
+    assert house.lengths(session) == [5]
+
+
+def test_rows_stop_by_themselves(house: House):
+    session = house.open(batch_size=2)
+    house.append(session, [1, 2, 3], [4, 5, 6])
+    result = house.generate(session, 3, stop=lambda row, token: row == 0 and token == next_token([1, 2, 3]))
+    assert [len(tokens) for tokens in result.token_ids] == [0, 3]
+    assert result.finish_reason == ["stop", "length"]
+    assert result.valid_length == [3, 6]
+
+
+def test_generation_ends_at_max_length(house: House):
+    session = house.open([1, 2], max_length=4)
+    result = house.generate(session, 10)
+    assert (result.valid_length, result.finish_reason) == ([4], ["length"])
+    assert house.generate(session, 1).token_ids == [[]]
+
+
+def test_generation_after_a_truncate_or_an_earlier_fork_replays_the_last_position(house: House):
+    session = house.open([1, 2, 3, 4])
+    child = house.engine.fork(session, at=2)[0].id
+    house.truncate(session, 2)
+    expected = house.generate(house.open([1, 2]), 3).token_ids
+    assert house.generate(session, 3).token_ids == expected
+    assert house.generate(child, 3).token_ids == expected
+
+
+def test_a_cancelled_generation_stays_at_its_last_token(house: House):
+    session = house.open([1])
+    operation = Generate(session, 50)
+    house.engine.submit(operation)
+    for _ in range(4):
+        house.engine.run_once()
+    operation.cancelled = True
+    house.run()
+    result = operation.future.result(0)
+    assert result.finish_reason == ["cancelled"]
+    assert house.lengths(session) == [1 + len(result.token_ids[0])]
+
+
+def test_a_callback_that_raises_ends_only_its_generation(house: House):
+    session, mate = house.open([1]), house.open([1])
+
+    def fail(event: TokenEvent) -> None:
+        raise ConnectionError("reader gone")
+
+    operation, other = Generate(session, 5, on_token=fail), Generate(mate, 5)
+    house.engine.submit(operation)
+    house.engine.submit(other)
+    house.run()
+    assert isinstance(operation.future.exception(0), ConnectionError)
+    assert house.lengths(session) == [2]
+    assert house.lengths(mate) == [6]
+
+
+def test_generation_needs_a_past_a_decoder_and_a_token(house: House):
+    with pytest.raises(WrongState):
+        house.generate(house.open(), 1)
+    with pytest.raises(InvalidInput, match="max_tokens"):
+        house.generate(house.open([1]), 0)
+    with pytest.raises(InvalidInput, match="nothing to generate"):
+        house.generate(house.engine.create_session("attention").id, 1)
+
+
+# Stopping
+
+
+def test_a_stopping_engine_ends_what_it_has_and_takes_no_more(house: House):
+    session = house.open([1])
+    append = house.submit(session, [2] * 60)
+    house.engine.stop()
+    with pytest.raises(EngineStopped):
+        house.submit(session, [3])
+    with pytest.raises(EngineStopped):
+        house.open()
+    assert not house.engine.idle
+    house.run()
+    assert house.engine.idle
+    assert append.future.result(0).valid_length == [61]
+
+
+def test_abort_ends_everything_and_leaves_the_sessions(house: House):
+    session, other = house.open([1]), house.open([2])
+    running, waiting = house.submit(session, [2] * 60), house.submit(session, [3])
+    generation = Generate(other, 50)
+    house.engine.submit(generation)
+    house.engine.run_once()
+    house.engine.abort(EngineStopped("the engine stopped"))
+    for future in (running.future, waiting.future, generation.future):
+        assert isinstance(future.exception(0), EngineStopped)
+    house.engine.check()
+    assert house.lengths(session) == [1]
+
+
+def test_wait_returns_when_work_arrives_or_a_session_may_expire(house: House):
+    session = house.open()
+    house.run()
+    threading.Timer(0.05, lambda: house.submit(session, [1])).start()
+    house.engine.wait(10)
+    assert house.engine.run_once()
+    house.run()
+    house.open(ttl_seconds=0.01)
+    house.engine.wait(10)
