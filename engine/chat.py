@@ -1,8 +1,8 @@
 """Chat templates: messages to one text, by the Jinja template that came with the model.
 
-A template is a program from the operator's model files, never from a request. It runs in Jinja's immutable sandbox with
-what transformers gives it (`raise_exception`, `strftime_now`, `tojson`, loop controls, `{% generation %}`), under limits on
-the size of what goes in and out and on its time, which is looked at on every line the template executes.
+A template is a program from the operator's model files, never from a request. It runs in Jinja's immutable sandbox
+with what transformers gives it (`raise_exception`, `strftime_now`, `tojson`, loop controls, `{% generation %}`), under
+limits on the size of what goes in and out and on its time, which is looked at on every line the template executes.
 """
 
 import json

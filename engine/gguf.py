@@ -11,6 +11,7 @@ its size, mtime and inode (`engine.weights.file_digest`). FORMAT counts this mod
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import InvalidInput
+from engine.gguf_config import ROPE_FACTORS, hub_config
 from engine.gguf_file import GGUFFile
 from engine.gguf_tokenizer import build_tokenizer, special_id, tokenizer_config
 from engine.weights import file_digest, stored_shapes
@@ -45,33 +47,6 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 _STALE_SECONDS = 3600.0  # a partial directory this old was left by a killed process
 _DOWNLOAD_SECONDS = 900.0
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
-_KNOWN_KEYS = (
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "tensor_data_layout",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.layer_norm_epsilon",
-    "attention.sliding_window",
-    "rope.freq_base",
-    "rope.dimension_count",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-)
 # The Hub's name of a tensor, component by component, to the file's: layers.0.self_attn.q_proj -> blk.0.attn_q
 _NAMES = {
     "embed_tokens": "token_embd",
@@ -102,7 +77,6 @@ _GPT2_LAYER = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
-_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor per frequency
 
 
 def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: None) -> Path:
@@ -118,7 +92,7 @@ def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: No
     models.mkdir(parents=True, exist_ok=True)
     _remove_stale(models)
     source = GGUFFile(path)
-    config = _hub_config(source)
+    config = hub_config(source)
     decoder = DecoderConfig.from_hf(config)
     tensors = _match(source, decoder)
     progress(f"converting {path.name}: {len(tensors)} tensors")
@@ -138,8 +112,9 @@ def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: No
 
 def _remove_stale(models: Path) -> None:
     for partial in models.glob(".partial-*"):
-        if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its owner has just finished
+            if time.time() - partial.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_text_files(metadata: Mapping[str, Any], config: Mapping[str, Any], target: Path) -> None:
@@ -160,115 +135,6 @@ def _write_text_files(metadata: Mapping[str, Any], config: Mapping[str, Any], ta
         (target / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-# ------------------------------------------------------------------ config
-
-
-def _hub_config(source: GGUFFile) -> dict[str, Any]:
-    """The config.json of the file's model; an unknown key of its architecture could change the arithmetic: refused."""
-    architecture = source.metadata.get("general.architecture")
-    if architecture not in _ARCHITECTURES:
-        raise InvalidInput(
-            "architecture", f"{architecture!r} in {source.path.name} is not known; known: {', '.join(_ARCHITECTURES)}"
-        )
-    prefix = f"{architecture}."
-    of_model = {key[len(prefix) :]: value for key, value in source.metadata.items() if key.startswith(prefix)}
-    for key, value in of_model.items():
-        if key not in _KNOWN_KEYS and value not in (0, False):
-            raise InvalidInput("model", f"{prefix}{key} {value!r} is not supported")
-    if "token_embd.weight" not in source.tensors:
-        raise InvalidInput("model", "tensor 'token_embd.weight' is missing")
-    read = _Keys(prefix, of_model)
-    config = {
-        "architectures": [_ARCHITECTURES[architecture]],
-        "model_type": architecture,
-        "dtype": "float32",
-        "vocab_size": source.tensors["token_embd.weight"].shape[0],
-        "tie_word_embeddings": "output.weight" not in source.tensors,
-    }
-    return config | (_gpt2_config(read) if architecture == "gpt2" else _rotary_config(source, read))
-
-
-class _Keys:
-    """The architecture's metadata; a missing key is refused by its full name."""
-
-    def __init__(self, prefix: str, values: Mapping[str, Any]) -> None:
-        self.prefix, self.values = prefix, values
-
-    def __call__(self, key: str) -> Any:  # noqa: ANN401  DecoderConfig.from_hf checks the types
-        if key not in self.values:
-            raise InvalidInput("model", f"{self.prefix}{key} is missing")
-        return self.values[key]
-
-
-def _gpt2_config(read: _Keys) -> dict[str, Any]:
-    return {
-        "n_embd": read("embedding_length"),
-        "n_layer": read("block_count"),
-        "n_head": read("attention.head_count"),
-        "n_positions": read("context_length"),
-        "n_inner": read("feed_forward_length"),
-        "layer_norm_epsilon": _decimal(read("attention.layer_norm_epsilon")),
-        "activation_function": "gelu_new",
-    }
-
-
-def _rotary_config(source: GGUFFile, read: _Keys) -> dict[str, Any]:
-    heads, hidden, length = read("attention.head_count"), read("embedding_length"), read("context_length")
-    if not all(isinstance(size, int) and size > 0 for size in (heads, hidden, length)):
-        raise InvalidInput(
-            "model", f"heads {heads!r}, embedding_length {hidden!r} or context_length {length!r} is not > 0"
-        )
-    head_dim = read.values.get("attention.key_length", hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if read.values.get(key, head_dim) != head_dim:
-            raise InvalidInput("model", f"{read.prefix}{key} {read(key)!r} is not the head size {head_dim}")
-    config = {
-        "hidden_size": hidden,
-        "num_hidden_layers": read("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": read.values.get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "intermediate_size": read("feed_forward_length"),
-        # No layer forgets here, so a window bounds the length.
-        "max_position_embeddings": min(length, read.values.get("attention.sliding_window") or length),
-        "rms_norm_eps": _decimal(read("attention.layer_norm_rms_epsilon")),
-        "hidden_act": "silu",
-        "rope_theta": _decimal(read.values.get("rope.freq_base", 10_000.0)),
-        "rope_scaling": _rope_scaling(source, read, length),
-        "attention_bias": "blk.0.attn_q.bias" in source.tensors,
-    }
-    if read.prefix == "llama.":
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in source.tensors
-    return config
-
-
-def _rope_scaling(source: GGUFFile, read: _Keys, length: int) -> dict[str, Any] | None:
-    kind = read.values.get("rope.scaling.type", "none")
-    if _ROPE_FACTORS in source.tensors:
-        # Divisors of the frequencies are what longrope's factors are; with `factor` 1 they are all it does.
-        factors = source.read(_ROPE_FACTORS).tolist()
-        return {
-            "rope_type": "longrope",
-            "factor": 1.0,
-            "original_max_position_embeddings": length,
-            "short_factor": factors,
-            "long_factor": factors,
-        }
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise InvalidInput("model", f"{read.prefix}rope.scaling.type {kind!r} is not supported: none, linear, yarn")
-    scaling = {"rope_type": kind, "factor": _decimal(read("rope.scaling.factor"))}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = read("rope.scaling.original_context_length")
-    return scaling
-
-
-def _decimal(value: Any) -> Any:  # noqa: ANN401  a non-float is for from_hf to refuse
-    """The number a float32 was written from: 1e-05, not 9.999999747378752e-06, and still the same float32."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
 # ------------------------------------------------------------------ tensors
 
 
@@ -284,7 +150,7 @@ def _match(source: GGUFFile, decoder: DecoderConfig) -> dict[str, str]:
         if found != shape:
             raise InvalidInput("model", f"tensor {name!r} is {list(found)}; the metadata says {list(shape)}")
         names[stored] = name
-    left_over = source.tensors.keys() - names.values() - {_ROPE_FACTORS}
+    left_over = source.tensors.keys() - names.values() - {ROPE_FACTORS}
     if left_over:
         raise InvalidInput("model", f"tensor {min(left_over)!r} is not part of a {decoder.architecture}")
     return names

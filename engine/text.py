@@ -1,8 +1,8 @@
 """Text to token ids and back, on top of a model's own tokenizer.json and chat template.
 
 What a caller writes is text and nothing else. Control tokens such as <|im_start|> steer a model, so a caller who could
-write one could forge a turn or end one; here `encode` takes them apart as ordinary characters unless it is asked not to,
-and in a chat only the template's own are tokens (see `_Guard`).
+write one could forge a turn or end one; here `encode` takes them apart as ordinary characters unless it is asked not
+to, and in a chat only the template's own are tokens (see `_Guard`).
 """
 
 from __future__ import annotations
@@ -160,24 +160,29 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._context: list[int] = []  # emitted tokens that still decide how the next ones decode
+        self._context_text = ""
         self._held: list[int] = []
         self._emitted = 0  # characters of decode(context + held) that are out
 
     def feed(self, token: int) -> str:
         self._held.append(token)
         text = self._decode()
+        if len(self._held) == 1 and text == self._context_text:  # no text at all: a control token
+            self._held = []
+            return ""
         stable = text if len(self._held) > _HELD_TOKENS else text.rstrip(_REPLACEMENT)
         new = stable[self._emitted :]
         self._emitted = max(self._emitted, len(stable))
-        if len(stable) == len(text) and text:
+        if len(stable) == len(text):
             self._context, self._held = self._held, []
-            self._emitted = len(self._decode())
+            self._context_text = self._decode()
+            self._emitted = len(self._context_text)
         return new
 
     def flush(self) -> str:
         """What was held, bytes that are no character as U+FFFD."""
         new = self._decode()[self._emitted :]
-        self._context, self._held, self._emitted = [], [], 0
+        self._context, self._context_text, self._held, self._emitted = [], "", [], 0
         return new
 
     def _decode(self) -> str:
