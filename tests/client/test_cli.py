@@ -1,0 +1,175 @@
+"""The command line, piped: every command against the fake service, and every error in one line."""
+
+import json
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from keypast import Client
+from keypast.chat import Speed
+from keypast.cli import app
+from keypast.schemas import Code
+
+from .fake import FakeService, problem
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService(max_length=200)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(service: FakeService) -> Run:
+    def connect(url: str | None) -> Client:
+        return Client(url, transport=service.transport, sleep=lambda _: None)
+
+    def run(*arguments: str, lines: tuple[str, ...] = ()) -> Result:
+        return CliRunner().invoke(app, arguments, obj=connect, input="".join(f"{line}\n" for line in lines))
+
+    return run
+
+
+def test_models(run: Run) -> None:
+    result = run("models")
+    assert result.exit_code == 0
+    assert "decoder" in result.stdout
+    assert "token_ids" in result.stdout
+
+
+def test_a_conversation_is_one_session(run: Run, service: FakeService) -> None:
+    result = run("chat", "--system", "brief", "--max-tokens", "6", lines=("hello", "", "more"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.count("Paris.") == 2
+    created, *rest = [request for request in service.requests if request.method == "POST"]
+    assert json.loads(created.content)["model"] == "decoder"
+    assert [request.url.path.rsplit("/")[-1] for request in rest] == ["prefill", "generate"] * 2
+    first, second = json.loads(rest[0].content), json.loads(rest[2].content)
+    assert [message["role"] for message in first["messages"]] == ["system", "user"]
+    assert second["messages"] == [{"role": "user", "content": "more"}]
+    assert json.loads(rest[1].content) == {"max_tokens": 6, "sample": {"temperature": 0.0}, "stream": True}
+    assert not service.sessions
+
+
+def test_undo_goes_back_to_before_the_turn(run: Run, service: FakeService) -> None:
+    result = run("chat", "--max-tokens", "1", lines=("one", "two", "/undo", "/undo", "/undo", "/stats"))
+    assert "back at 10 positions\nback at 0 positions\nno turn to take back\n" in result.stdout
+    assert "0 of 200 positions, 0 bytes in 1 blocks (0 shared)" in result.stdout
+
+
+def test_fork_and_switch(run: Run) -> None:
+    lines = ("one", "/fork", "two", "/undo", "/switch", "/undo", "/switch b", "/stats", "/switch zz")
+    result = run("chat", "--max-tokens", "1", lines=lines)
+    assert "on b-1, a copy of a-1" in result.stdout
+    assert "on a-1, 10 positions\nback at 0 positions\non b-1, 10 positions\n" in result.stdout
+    assert "b-1: 10 of 200 positions, 640 bytes in 1 blocks (1 shared)" in result.stdout
+    assert "no session begins with zz; there are a-1, b-1" in result.stdout
+
+
+def test_stats_tell_of_the_last_reply(run: Run) -> None:
+    assert "last reply: " in run("chat", lines=("one", "/stats")).stdout
+    assert str(Speed(tokens=11, first=0.25, rest=2.0)) == "5.0 tokens/s, first after 250 ms"
+    assert str(Speed(tokens=1, first=0.25, rest=0.0)) == "one token, first after 250 ms"
+
+
+def test_help_quit_and_other_words(run: Run, service: FakeService) -> None:
+    result = run("chat", lines=("/help", "/nonsense", "/quit", "never read"))
+    assert "/switch [ID]" in result.stdout
+    assert "no such command: /nonsense" in result.stdout
+    assert not any(request.url.path.endswith("prefill") for request in service.requests)
+
+
+def test_ctrl_c_stops_the_reply_and_the_chat_goes_on(run: Run, service: FakeService) -> None:
+    service.interrupt = KeyboardInterrupt()
+    result = run("chat", "--max-tokens", "20", lines=("one", "/undo", "/stats"))
+    assert result.exit_code == 0
+    assert "Pa\n[stopped at 12 positions]\nback at 0 positions\n" in result.stdout
+    assert service.streams[0].closed
+
+
+def test_a_refusal_costs_one_line(run: Run, service: FakeService) -> None:
+    result = run("chat", "--max-tokens", "1", lines=("x" * 300, "short"))
+    assert result.exit_code == 0
+    assert "longer than max_length; /undo, or begin a new chat\nP\n" in result.stdout
+
+
+def test_a_stream_that_breaks(run: Run, service: FakeService) -> None:
+    service.interrupt = httpx.ReadError("reset")
+    result = run("chat", lines=("one", "/undo"))
+    assert "Pa\nthe stream broke off: reset\nback at 0 positions\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        (httpx.ConnectError("refused"), "cannot connect: refused; start the service with `keypast serve`, or give"),
+        (problem(Code.NOT_READY, "loading", retry_after=5), "loading; try again in 5 s"),
+        (problem(Code.ENGINE_STOPPED, "stopping"), "stopping; try again later"),
+        (problem(Code.SESSION_GONE, "the session is gone: expired"), "the session is gone: expired; begin a new chat"),
+        (problem(Code.MODEL_NOT_FOUND, "no such model"), "no such model; `keypast models` lists what is loaded"),
+        (
+            httpx.Response(200, json={"object": "list", "data": []}),
+            "no loaded model takes text; start the service with",
+        ),
+        (problem(Code.MODEL_FAILED, "failed"), "failed"),
+    ],
+)
+def test_errors_in_one_line(run: Run, service: FakeService, answer: httpx.Response | Exception, line: str) -> None:
+    service.answers = [answer] * 3
+    result = run("chat")
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"keypast: {line}")
+    assert result.stderr.count("\n") == 1
+    service.answers = [answer] * 3
+    assert run("models").exit_code == (0 if isinstance(answer, httpx.Response) and answer.is_success else 1)
+
+
+def test_a_lost_session_ends_the_chat(run: Run, service: FakeService) -> None:
+    service.gone.add("s")
+    result = run("chat", "--model", "decoder", lines=("one",))
+    assert result.exit_code == 0
+    service.answers = [
+        httpx.Response(201, content=next(iter(service.requests)).content) if False else service.handle(_create())
+    ]
+    service.sessions.clear()
+    result = run("chat", "--model", "decoder", lines=("one", "two"))
+    assert (result.exit_code, result.stderr) == (1, "keypast: no such session; begin a new chat\n")
+
+
+def _create() -> httpx.Request:
+    return httpx.Request("POST", "http://x/v1/sessions", json={"model": "decoder"})
+
+
+def test_a_wrong_address(run: Run) -> None:
+    result = run("models", "--url", "there")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+
+
+def test_serve_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, str]] = []
+    service = ModuleType("service.__main__")
+    environment: dict[str, str] = {"KEYPAST_HOST": "0.0.0.0"}
+    service.main = lambda: started.append(dict(environment))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "service.__main__", service)
+    monkeypatch.setattr("keypast.cli.environ", environment)
+    result = run("serve", "--port", "9", "--model", "a=b:c=d", "--model", "e=f", "--kv-memory", "4GiB")
+    assert result.exit_code == 0
+    models = json.dumps({"a": "b:c=d", "e": "f"})
+    assert started == [
+        {"KEYPAST_HOST": "0.0.0.0", "KEYPAST_PORT": "9", "KEYPAST_MODELS": models, "KEYPAST_KV_MEMORY": "4GiB"}
+    ]
+
+
+def test_serve_without_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "service.__main__", None)
+    result = run("serve")
+    assert result.exit_code == 1
+    assert "pip install 'keypast[server]'" in result.stderr
+    wrong = run("serve", "--model", "nonsense")
+    assert (wrong.exit_code, wrong.stderr) == (1, "keypast: --model takes NAME=SPEC, not 'nonsense'\n")

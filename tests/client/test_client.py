@@ -1,0 +1,295 @@
+"""The sync client against the fake service: what it sends, what it gives, what the session object then knows."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import httpx
+import numpy as np
+import pytest
+
+from keypast import Client, Retries, errors
+from keypast.schemas import Code
+
+from .fake import FakeService, problem
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def client(service: FakeService) -> Iterator[Client]:
+    with Client(transport=service.transport) as client:
+        yield client
+
+
+def test_a_session_follows_its_replies(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder", id="mine", ttl_seconds=60, labels={"team": "red"})
+    assert repr(session) == "<Session mine decoder v0 [0]>"
+    result = session.prefill(text="The capital", sample={"temperature": 0})
+    assert (result.past_length, result.valid_length, result.next_token, result.text) == ([0], [11], [80], ["P"])
+    assert (session.version, session.valid_length) == (1, [11])
+    session.step(token_ids=[[80]])
+    assert (session.version, session.valid_length) == (2, [12])
+    reply = session.generate(max_tokens=3)
+    assert (reply.outputs.text, reply.finish_reason) == (["Par"], ["length"])
+    assert (session.version, session.valid_length) == (5, [15])
+    session.truncate(12)
+    assert (session.version, session.valid_length) == (6, [12])
+    assert session.delete().positions == 12
+    with pytest.raises(errors.SessionGone) as caught:
+        session.refresh()
+    assert caught.value.reason == "deleted"
+
+
+def test_logits_come_as_arrays_even_when_not_finite(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    result = session.prefill(text="a", logits="last")
+    assert result.logits is not None
+    assert result.logits.shape == (1, 1, 3)
+    assert np.isneginf(result.logits).all()
+    assert service.requests[-1].headers["Accept"] == "application/vnd.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("binary", "content_type"), [(True, "application/vnd.safetensors"), (False, "application/json")]
+)
+def test_attention_takes_and_gives_arrays(binary: bool, content_type: str) -> None:
+    service = FakeService()
+    query = np.arange(8, dtype=np.float16).reshape(1, 2, 4)
+    with Client(transport=service.transport, binary=binary) as client, client.sessions.create("attention") as session:
+        mask = np.ones((1, 2, 2), np.uint8)
+        result = session.prefill(query=query, key=query, value=query, attention_mask=mask, need_weights=True)
+        assert service.requests[-1].headers["Content-Type"] == content_type
+        assert result.attn_out is not None
+        assert result.attn_out.dtype == np.float16
+        np.testing.assert_array_equal(result.attn_out, query)
+        assert result.attn_weights is not None
+        assert result.attn_weights.shape == (1, 1, 2)
+        session.step(query=query[:, :1], key=query[:, :1], value=query[:, :1])
+        assert session.valid_length == [3]
+
+
+def test_rows_of_a_batch(client: Client) -> None:
+    session = client.sessions.create("decoder", batch_size=2)
+    assert session.batch_size == 2
+    session.prefill(token_ids=np.array([[1, 2, 3], [4, 0, 0]]), batch_valid_length=np.array([3, 1]))
+    assert session.valid_length == [3, 1]
+    session.prefill(text=["ab", "c"])
+    assert session.valid_length == [5, 2]
+    tokens = list(session.generate(stream=True, max_tokens=2))
+    assert tokens[0].texts == ["P", "P"]
+    session.truncate([1, 0])
+    assert session.valid_length == [1, 0]
+
+
+def test_a_stream_gives_tokens_and_its_end(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    session.prefill(text="x")
+    stream = session.generate(stream=True, max_tokens=7)
+    tokens = list(stream)
+    assert "".join(token.text for token in tokens) == "Paris. "
+    assert (tokens[0].token_id, tokens[0].valid_length, tokens[0].version) == (80, [2], 2)
+    assert stream.end is not None
+    assert stream.end.finish_reason == ["length"]
+    assert (session.version, session.valid_length) == (8, [8])
+    assert service.streams[0].closed
+
+
+def test_leaving_a_stream_closes_it(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    for token in session.generate(stream=True, max_tokens=20):
+        if token.text == "r":
+            break
+    assert service.streams[0].closed
+    assert session.valid_length == [3]
+    with session.generate(stream=True, max_tokens=20) as stream:
+        assert next(stream).text == "P"
+    assert service.streams[1].closed
+    session.generate(stream=True, max_tokens=20).close()
+    assert service.streams[2].closed
+    assert service.streams[2].sent == 0
+
+
+def test_a_broken_stream_says_so_and_keeps_what_came(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    service.interrupt = httpx.ReadError("reset")
+    with pytest.raises(errors.StreamBroken, match="reset"):
+        list(session.generate(stream=True, max_tokens=20))
+    assert session.valid_length == [2]
+    assert service.streams[0].closed
+
+
+def test_a_refused_stream_raises_before_the_first_token(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    service.answers.append(problem(Code.WRONG_STATE, "nothing to go on from"))
+    with pytest.raises(errors.WrongState, match="nothing to go on from"):
+        session.generate(stream=True)
+
+
+def test_forks(client: Client) -> None:
+    session = client.sessions.create("decoder")
+    session.prefill(text="abc")
+    child = session.fork()
+    assert (child.view.parent, child.valid_length) == (session.id, [3])
+    assert [each.valid_length for each in session.fork(2, at=1)] == [[1], [1]]
+    assert len(session.fork(1)) == 1
+    with pytest.raises(errors.InvalidInput, match="count"):
+        session.fork(0)
+
+
+def test_expectations(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder", id="s")
+    client.sessions.get("s").prefill(text="ab")
+    session.prefill(text="c")
+    assert "If-Match" not in service.requests[-1].headers
+    assert session.version == 2
+    client.sessions.get("s").prefill(text="d")
+    with pytest.raises(errors.PreconditionFailed) as caught:
+        session.prefill(text="e", expect_version=True)
+    assert (caught.value.version, caught.value.valid_length) == (3, [4])
+    for act in (
+        lambda: session.step(token_ids=[[1]], if_version=1),
+        lambda: session.generate(if_version=1),
+        lambda: session.generate(stream=True, if_version=1),
+        lambda: session.fork(if_version=1),
+        lambda: session.truncate(1, if_version=1),
+    ):
+        with pytest.raises(errors.PreconditionFailed):
+            act()
+    assert session.refresh().version == 3
+    session.prefill(text="e", expect_version=True)
+    assert service.requests[-1].headers["If-Match"] == '"3"'
+
+
+def test_lists_page_by_page(client: Client, service: FakeService) -> None:
+    for name in "abcde":
+        client.sessions.create("decoder" if name != "c" else "attention", id=name)
+    assert [session.id for session in client.sessions.list()] == list("abcde")
+    assert [session.id for session in client.sessions.list(model="decoder", label=["a", "b=1"], limit=2)] == list(
+        "abde"
+    )
+    assert dict(service.requests[-1].url.params.multi_items())["cursor"] == "2"
+    assert service.requests[-1].url.params.get_list("label") == ["a", "b=1"]
+
+
+def test_a_context_deletes_and_hides_nothing(client: Client, service: FakeService) -> None:
+    with client.sessions.create("decoder", id="s"):
+        assert "s" in service.sessions
+    assert service.gone == {"s"}
+    with pytest.raises(ZeroDivisionError), client.sessions.create("decoder", id="t") as session:
+        client.sessions.delete(session.id).bytes // 0
+    with client.sessions.create("decoder", id="u"):
+        client.sessions.delete("u")
+
+
+def test_about_the_service(client: Client, service: FakeService) -> None:
+    assert [model.id for model in client.models()] == ["attention", "decoder"]
+    assert client.capacity().pools[0].blocks.free == 6
+    assert client.version() == "0.1.0"
+    assert client.ready()
+    service.answers.append(problem(Code.ENGINE_STOPPED, retry_header=1))
+    assert not client.ready()
+    assert repr(client) == "<Client http://127.0.0.1:8000>"
+
+
+def test_the_address(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> None:
+    monkeypatch.setenv("KEYPAST_URL", "http://there:1/under")
+    with Client(transport=service.transport) as client:
+        client.sessions.create("decoder", id="s")
+        with pytest.raises(errors.SessionNotFound):
+            client.sessions.get("a/b ü")
+    assert str(service.requests[0].url) == "http://there:1/under/v1/sessions"
+    assert service.requests[1].url.raw_path == b"/under/v1/sessions/a%2Fb%20%C3%BC"
+    for wrong in ("localhost:8000", "ftp://x", "http://a:b", "http://", "x"):
+        with pytest.raises(ValueError, match="address"):
+            Client(wrong)
+
+
+def test_wrong_arguments_never_leave(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    sent = len(service.requests)
+    with pytest.raises(errors.InvalidInput) as caught:
+        session.generate(max_tokens=0)
+    assert (caught.value.field, caught.value.status) == ("max_tokens", 422)
+    with pytest.raises(errors.InvalidInput) as caught:
+        session.prefill(sample={"temperature": -1})
+    assert caught.value.field == "sample.temperature"
+    with pytest.raises(errors.InvalidInput, match="complex128"):
+        session.prefill(query=np.zeros((1, 1, 1), np.complex128))
+    with pytest.raises(errors.InvalidInput, match="id"):
+        client.sessions.create("decoder", id="no spaces")
+    assert len(service.requests) == sent
+
+
+class Sleeps(list[float]):
+    def __call__(self, seconds: float) -> None:
+        self.append(seconds)
+
+
+def test_what_was_safely_refused_is_sent_again() -> None:
+    refused = httpx.ConnectError("refused")
+    service = FakeService(refused, problem(Code.QUEUE_FULL, retry_header=3))
+    sleeps = Sleeps()
+    with Client(transport=service.transport, sleep=sleeps) as client:
+        session = client.sessions.create("decoder")
+        assert sleeps == [0.1, 3.0]
+        service.answers = [problem(Code.POOL_EXHAUSTED, retry_header=1)]
+        assert len(list(session.generate(stream=True, max_tokens=2))) == 2
+        assert sleeps == [0.1, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (httpx.ReadTimeout("slow"), errors.TimedOut),
+        (httpx.ReadError("reset"), errors.TransportError),
+        (httpx.RemoteProtocolError("no reply"), errors.TransportError),
+        (problem(Code.MODEL_FAILED, retry_header=1), errors.ModelFailed),
+        (problem(Code.WRONG_STATE, retry_header=1), errors.WrongState),
+        (problem(Code.QUEUE_FULL), errors.QueueFull),
+        (problem(Code.QUEUE_FULL, retry_header=3600), errors.QueueFull),
+    ],
+)
+def test_nothing_else_is_sent_again(answer: httpx.Response | Exception, error: type[errors.KeypastError]) -> None:
+    service = FakeService(answer)
+    with Client(transport=service.transport, sleep=Sleeps()) as client, pytest.raises(error):
+        client.sessions.create("decoder")
+    assert len(service.requests) == 1
+
+
+def test_the_tries_end() -> None:
+    service = FakeService(*[httpx.ConnectError("refused")] * 5)
+    sleeps = Sleeps()
+    with Client(transport=service.transport, sleep=sleeps, retries=Retries(limit=3)) as client:
+        with pytest.raises(errors.ConnectFailed, match="refused"):
+            client.version()
+        assert sleeps == [0.1, 0.2, 0.4]
+
+
+class Dumb(BaseHTTPRequestHandler):
+    """Sends half of the body it promises."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "100")
+        self.end_headers()
+        self.wfile.write(b"{")
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_half_a_reply_over_a_real_socket() -> None:
+    with HTTPServer(("127.0.0.1", 0), Dumb) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            broke = pytest.raises(errors.TransportError, match="connection broke")
+            with Client(f"http://127.0.0.1:{server.server_port}") as client, broke:
+                client.version()
+        finally:
+            server.shutdown()
+            thread.join()
