@@ -14,7 +14,7 @@ CANDIDATES = 1024  # top_p looks at so many first: sorting a whole vocabulary ta
 def draw(
     logits: Tensor, samples: Sequence[Sample], histories: Sequence[Tensor], keys: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Token ids (R,) int64 from logits (R, V) float32. A row each: `histories`, the ids so far; `keys`, (row, position)."""
+    """Token ids (R,) int64 from logits (R, V) float32; `histories`, each row's ids so far; `keys`, (row, position)."""
     if all(sample.temperature == 0 and sample.repetition_penalty == 1 for sample in samples):
         return logits.argmax(-1)
     rows = zip(logits, samples, histories, keys, strict=True)

@@ -88,7 +88,7 @@ class FakeRunner:
     def _result(self, row: Row) -> RowResult:
         past = [self._memory[self._place(row, position)] for position in range(row.stop)]
         if row.history is not None:
-            new = self.spec.history and row.work.inputs.get(self.spec.history)
+            new = row.work.inputs.get(self.spec.history or "")
             told = list(row.history)
             if new is not None:
                 told += new[row.index, : row.stop - row.work.past_length[row.index]].tolist()

@@ -56,7 +56,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_a_module_imports_only_what_its_layer_may(module: str, path: Path):
+def test_a_module_imports_only_what_its_layer_may(module: str, path: Path) -> None:
     own = layer_of(module)
     if module in ("engine", "service"):
         return  # the package's own front
@@ -78,7 +78,7 @@ def test_a_module_imports_only_what_its_layer_may(module: str, path: Path):
             assert other[0] in allowed, f"{module} ({layer}) imports {imported} ({other[0]})"
 
 
-def test_the_engine_never_reads_the_environment():
+def test_the_engine_never_reads_the_environment() -> None:
     for module, path in modules():
         if module.startswith("engine"):
             text = path.read_text()
@@ -86,7 +86,7 @@ def test_the_engine_never_reads_the_environment():
             assert "getenv" not in text, module
 
 
-def test_a_model_kind_is_named_only_where_kinds_live():
+def test_a_model_kind_is_named_only_where_kinds_live() -> None:
     for module, path in modules():
         if module.startswith(("engine.models", "keypast.schemas")):
             continue

@@ -14,6 +14,7 @@ namespace keypast::KEYPAST_VARIANT {
 constexpr int kRows = 6;        // rows per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
 constexpr int kDirectRows = 8;  // tiles up to this size convert keys and values as they read them
 constexpr int kVecs = kChunk / kLanes;
+constexpr int kAhead = 4;        // vectors of keys or values between fetching and reading
 constexpr float kMasked = -1.0f;
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -147,14 +148,17 @@ static void load_queries(const View& t, const Scratch& s) {
 }
 
 // scores[m][16 n ..] = sum over d of q[d][m] * keys[n][d][0:16]
-template <int M, int N, class T>
+template <int M, int N, bool kFetch, class T>
 KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t stride, int64_t dim, float* scores) {
   Vec sums[M][N];
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = set(0.0f);
   for (int64_t d = 0; d < dim; ++d) {
     Vec k[N];
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) k[n] = load(keys[n] + d * stride);
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
+      k[n] = load(keys[n] + d * stride);
+      if (kFetch) __builtin_prefetch(keys[n + kAhead] + d * stride);
+    }
     KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
       const Vec x = set(q[d * M + m]);
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = fma(x, k[n], sums[m][n]);
@@ -164,19 +168,19 @@ KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t str
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(scores + m * kChunk + n * kLanes, sums[m][n]);
 }
 
-template <int M, class T>
+template <int M, bool kFetch, class T>
 static void score_group(const float* q, const T* const* keys, int64_t stride, int64_t dim, int vecs, float* scores) {
   int n = 0;
   if constexpr (kWide<M> >= 4)
-    for (; vecs - n >= 4; n += 4) score_tile<M, 4>(q, keys + n, stride, dim, scores + n * kLanes);
+    for (; vecs - n >= 4; n += 4) score_tile<M, 4, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
   if constexpr (kWide<M> >= 2)
-    for (; vecs - n >= 2; n += 2) score_tile<M, 2>(q, keys + n, stride, dim, scores + n * kLanes);
-  for (; n < vecs; ++n) score_tile<M, 1>(q, keys + n, stride, dim, scores + n * kLanes);
+    for (; vecs - n >= 2; n += 2) score_tile<M, 2, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
+  for (; n < vecs; ++n) score_tile<M, 1, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
 }
 
 // sums[m][16 n ..] += weights[m][j] * values[j][16 n ..] for the 16 keys j of each vector in order. From key `whole` on,
 // masked keys are stepped over one by one: what lies in their slots must not be touched.
-template <int M, int N, class T>
+template <int M, int N, bool kFetch, class T>
 KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int64_t offset, int64_t stride, int whole,
                                int keys, float* sums, int64_t sums_stride) {
   Vec acc[M][N];
@@ -185,8 +189,11 @@ KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int
   int key = 0;
   while (key < whole) {
     const T* row = values[key / kLanes] + offset;
+    const T* later = values[key / kLanes + (kFetch ? kAhead : 0)] + offset;
     const int end = (int)least(key + kLanes, whole);
-    for (; key < end; ++key, row += stride) {
+    for (; key < end; ++key, row += stride, later += stride) {
+      if (kFetch)
+        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i);
       Vec v[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) v[n] = load(row + n * kLanes);
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -208,17 +215,17 @@ KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(sums + m * sums_stride + n * kLanes, acc[m][n]);
 }
 
-template <int M, class T>
+template <int M, bool kFetch, class T>
 static void value_group(const float* weights, const T* const* values, int64_t stride, int whole, int keys, float* sums,
                         int64_t width) {
   int64_t i = 0;
   if constexpr (kWide<M> >= 4)
     for (; width - i >= 4 * kLanes; i += 4 * kLanes)
-      value_tile<M, 4>(weights, values, i, stride, whole, keys, sums + i, width);
+      value_tile<M, 4, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
   if constexpr (kWide<M> >= 2)
     for (; width - i >= 2 * kLanes; i += 2 * kLanes)
-      value_tile<M, 2>(weights, values, i, stride, whole, keys, sums + i, width);
-  for (; i < width; i += kLanes) value_tile<M, 1>(weights, values, i, stride, whole, keys, sums + i, width);
+      value_tile<M, 2, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
+  for (; i < width; i += kLanes) value_tile<M, 1, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
 }
 
 // Turns a row's `keys` scores into weights and gives their maximum and sum; marks the lanes from there to `padding` and
@@ -294,20 +301,31 @@ static void finish(const View& t, const Partial& state) {
 }
 
 // Where one chunk's keys and values are read from, 16 keys at a time: the cache itself, or packed copies as floats.
+// `keys` and `values` lie in the order of reading, so that what is read kAhead vectors later stands kAhead further on.
 template <class T>
 struct Source {
-  const T *keys[kVecs], *values[kVecs];
+  const T* order[2 * kVecs + kAhead];
+  const T **keys, **values;
   int64_t key_stride, value_stride;  // from channel to channel, from key to key
 };
 
+// `seen` is how far the task's keys go: behind this chunk come the first keys of the next one, or nothing of use.
 template <class T>
-static void locate(const View& t, int64_t start, int vecs, int64_t kv_head, Source<T>* source) {
+static void locate(const View& t, int64_t start, int vecs, int64_t kv_head, int64_t seen, Source<T>* source) {
   const Attend& a = t.a;
   const T *k = (const T*)a.k_blocks.data + kv_head * a.k_blocks.head_stride,
           *v = (const T*)a.v_blocks.data + kv_head * a.v_blocks.head_stride;
-  for (int i = 0; i < vecs; ++i) {
-    const int64_t key = start + i * kLanes, block = t.table[key / a.block_size], offset = key % a.block_size;
-    source->keys[i] = k + block * a.k_blocks.block_stride + offset;
+  source->keys = source->order;
+  source->values = source->order + vecs;
+  for (int i = 0; i < vecs + kAhead; ++i) {
+    const int64_t key = start + i * kLanes, block = key < seen ? t.table[key / a.block_size] : 0;
+    const int64_t offset = key % a.block_size;
+    const T* at = k + block * a.k_blocks.block_stride + offset;
+    if (i >= vecs) {
+      source->values[i] = at;
+      continue;
+    }
+    source->keys[i] = at;
     source->values[i] = v + block * a.v_blocks.block_stride + offset * t.dim;
   }
   source->key_stride = a.block_size;
@@ -341,15 +359,15 @@ static void pack_vecs(const View& t, const Source<T>& from, int keys, const Scra
   }
 }
 
-static Source<float> packed(const View& t, int vecs, const Scratch& s) {
-  Source<float> source;
+static void locate_packed(const View& t, int vecs, const Scratch& s, Source<float>* source) {
+  source->keys = source->order;
+  source->values = source->order + vecs;
   for (int i = 0; i < vecs; ++i) {
-    source.keys[i] = s.keys + i * t.dim * kLanes;
-    source.values[i] = s.values + i * t.width * kLanes;
+    source->keys[i] = s.keys + i * t.dim * kLanes;
+    source->values[i] = s.values + i * t.width * kLanes;
   }
-  source.key_stride = kLanes;
-  source.value_stride = t.width;
-  return source;
+  source->key_stride = kLanes;
+  source->value_stride = t.width;
 }
 
 // Calls f with the group's size as a constant.
@@ -366,7 +384,7 @@ KEYPAST_INLINE void sized(int size, F f) {
   }
 }
 
-template <class T>
+template <bool kFetch, class T>
 static void attend_chunk(const View& t, const Tile& tile, int64_t start, const Source<T>& source, const Scratch& s,
                          const Partial& part) {
   const Groups groups(t.rows);
@@ -378,7 +396,7 @@ static void attend_chunk(const View& t, const Tile& tile, int64_t start, const S
       const int vecs = (seen(row + groups.size(i) - 1) + kLanes - 1) / kLanes - panel;
       if (vecs <= 0) continue;
       sized(groups.size(i), [&](auto m) {
-        score_group<m.value>(s.queries + row * t.dim, source.keys + panel, source.key_stride, t.dim,
+        score_group<m.value, kFetch>(s.queries + row * t.dim, source.keys + panel, source.key_stride, t.dim,
                              vecs < kPanel ? vecs : kPanel, s.scores + row * kChunk + panel * kLanes);
       });
     }
@@ -393,7 +411,7 @@ static void attend_chunk(const View& t, const Tile& tile, int64_t start, const S
       whole = (int)least(whole, clear);
     }
     sized(groups.size(i), [&](auto m) {
-      value_group<m.value>(s.scores + begin * kChunk, source.values, source.value_stride, whole, keys,
+      value_group<m.value, kFetch>(s.scores + begin * kChunk, source.values, source.value_stride, whole, keys,
                            part.values + begin * t.width, t.width);
     });
   }
@@ -413,13 +431,15 @@ static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, in
     const int64_t size = Partial::size(t.rows, t.width);
     const Partial part = partials ? Partial(partials + (chunk - begin) * size, t.rows) : s.part;
     Source<T> source;
-    if (even) locate(t, start, vecs, tile.kv_head, &source);
+    if (even) locate(t, start, vecs, tile.kv_head, least((int64_t)end * kChunk, t.limit(t.rows - 1)), &source);
     if (direct) {
-      attend_chunk(t, tile, start, source, s, part);
+      attend_chunk<true>(t, tile, start, source, s, part);
     } else {
+      Source<float> copies;
       if (even) pack_vecs(t, source, keys, s);
       else pack_keys<T>(t, start, keys, tile.kv_head, s);
-      attend_chunk(t, tile, start, packed(t, vecs, s), s, part);
+      locate_packed(t, vecs, s, &copies);
+      attend_chunk<false>(t, tile, start, copies, s, part);
     }
     if (!partials) merge_into(s.state, part, t.rows, t.width);
   }

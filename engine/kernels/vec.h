@@ -46,7 +46,7 @@ struct Constant {
 
 // ---- one register ----
 
-KEYPAST_INLINE Lane lane_set(float x) { return Lane{} + x; }
+KEYPAST_INLINE Lane lane_set(float x) { return x - Lane{}; }  // a plain broadcast, -0 too
 
 KEYPAST_INLINE Lane lane_fma(Lane a, Lane b, Lane c) {
 #if defined(__AVX512F__)

@@ -3,7 +3,7 @@ import pytest
 from engine.blocks import BlockPool, blocks_for
 
 
-def test_takes_low_ids_first_and_reuses_the_last_freed():
+def test_takes_low_ids_first_and_reuses_the_last_freed() -> None:
     pool = BlockPool(6)
     assert pool.take(3) == [1, 2, 3]
     assert pool.release([2]) == 1
@@ -11,7 +11,7 @@ def test_takes_low_ids_first_and_reuses_the_last_freed():
     assert repr(pool) == "<BlockPool 6: 4 used, 1 free, 1 null>"
 
 
-def test_none_means_not_now_and_takes_nothing():
+def test_none_means_not_now_and_takes_nothing() -> None:
     pool = BlockPool(4)
     assert pool.take(4) is None
     assert pool.free == 3
@@ -20,7 +20,7 @@ def test_none_means_not_now_and_takes_nothing():
     assert pool.take(1) is None
 
 
-def test_a_shared_block_comes_free_with_its_last_holder():
+def test_a_shared_block_comes_free_with_its_last_holder() -> None:
     pool = BlockPool(4)
     blocks = pool.take(2)
     assert blocks == [1, 2]
@@ -34,7 +34,7 @@ def test_a_shared_block_comes_free_with_its_last_holder():
     pool.check([])
 
 
-def test_misuse_is_an_error_and_not_a_wrong_count():
+def test_misuse_is_an_error_and_not_a_wrong_count() -> None:
     pool = BlockPool(4)
     pool.take(1)
     pool.release([1])
@@ -46,7 +46,7 @@ def test_misuse_is_an_error_and_not_a_wrong_count():
         BlockPool(1)
 
 
-def test_check_finds_what_the_tables_do_not_say():
+def test_check_finds_what_the_tables_do_not_say() -> None:
     pool = BlockPool(5)
     pool.take(2)
     pool.check([[1], [2]])
@@ -59,5 +59,5 @@ def test_check_finds_what_the_tables_do_not_say():
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2)])
-def test_blocks_for(length: int, blocks: int):
+def test_blocks_for(length: int, blocks: int) -> None:
     assert blocks_for(length, 16) == blocks

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.batch import Append, Generate, Sample, TokenEvent, Truncate, Want
+from engine.batch import Append, Generate, Operation, Sample, TokenEvent, Truncate, Want
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -51,22 +51,21 @@ class House:
         self.engine.submit(append)
         return append
 
+    def finish(self, operation: Operation) -> Any:
+        self.engine.submit(operation)
+        self.run()
+        return operation.future.result(0)
+
     def append(self, session_id: str, *rows: list[int], **options: Any) -> Any:
         append = self.submit(session_id, *rows, **options)
         self.run()
         return append.future.result(0)
 
     def truncate(self, session_id: str, length: int | list[int], **options: Any) -> Any:
-        operation = Truncate(session_id, length, **options)
-        self.engine.submit(operation)
-        self.run()
-        return operation.future.result(0)
+        return self.finish(Truncate(session_id, length, **options))
 
     def generate(self, session_id: str, max_tokens: int, **options: Any) -> Any:
-        operation = Generate(session_id, max_tokens, **options)
-        self.engine.submit(operation)
-        self.run()
-        return operation.future.result(0)
+        return self.finish(Generate(session_id, max_tokens, **options))
 
     def run(self) -> None:
         while self.engine.run_once():
@@ -87,7 +86,7 @@ def house() -> Iterator[House]:
 # Appends
 
 
-def test_an_append_reports_where_it_began_and_ended(house: House):
+def test_an_append_reports_where_it_began_and_ended(house: House) -> None:
     session = house.open()
     result = house.append(session, [1, 2, 3], want=DRAW)
     assert (result.past_length, result.valid_length, result.version) == ([0], [3], 1)
@@ -97,7 +96,7 @@ def test_an_append_reports_where_it_began_and_ended(house: House):
     assert result.outputs["next_token"] == [next_token([1, 2, 3, 4])]
 
 
-def test_a_long_append_runs_in_chunks_and_commits_once(house: House):
+def test_a_long_append_runs_in_chunks_and_commits_once(house: House) -> None:
     session = house.open()
     result = house.append(session, list(range(90)), want=DRAW)
     assert house.runner.batches == [[(session, 0, 0, 32)], [(session, 0, 32, 64)], [(session, 0, 64, 90)]]
@@ -105,7 +104,7 @@ def test_a_long_append_runs_in_chunks_and_commits_once(house: House):
     assert result.outputs["next_token"] == [next_token(list(range(90)))]
 
 
-def test_steps_run_beside_the_chunks_of_a_long_prefill(house: House):
+def test_steps_run_beside_the_chunks_of_a_long_prefill(house: House) -> None:
     busy, quick = house.open(), house.open([1])
     house.runner.batches.clear()
     long = house.submit(busy, [2] * 90)
@@ -119,7 +118,7 @@ def test_steps_run_beside_the_chunks_of_a_long_prefill(house: House):
     assert long.future.result(0).valid_length == [90]
 
 
-def test_rows_of_a_padded_batch_advance_by_their_own_length(house: House):
+def test_rows_of_a_padded_batch_advance_by_their_own_length(house: House) -> None:
     session = house.open(batch_size=2)
     result = house.append(session, [1, 2, 3], [4, 0, 0], batch_valid_length=[3, 1], want=DRAW)
     assert result.valid_length == [3, 1]
@@ -128,7 +127,7 @@ def test_rows_of_a_padded_batch_advance_by_their_own_length(house: House):
     assert result.outputs["next_token"] == [next_token([1, 2, 3, 5]), next_token([4, 6])]
 
 
-def test_attention_outputs_are_padded_to_the_longest_row(house: House):
+def test_attention_outputs_are_padded_to_the_longest_row(house: House) -> None:
     session = house.engine.create_session("attention", batch_size=2).id
     tensor = np.ones((2, 3, 4), dtype=np.float32)
     inputs = {"query": tensor, "key": tensor, "value": tensor, "attention_mask": np.ones((2, 3, 3), dtype=bool)}
@@ -159,20 +158,17 @@ def test_attention_outputs_are_padded_to_the_longest_row(house: House):
 )
 def test_bad_input_names_its_field_and_changes_nothing(
     house: House, inputs: dict[str, Any], options: dict[str, Any], field: str, message: str
-):
+) -> None:
     session = house.open()
     arrays = {name: np.array(rows, dtype=np.int64) for name, rows in inputs.items()}
     with pytest.raises(InvalidInput, match=message) as caught:
-        append = Append(session, arrays, **options)
-        house.engine.submit(append)
-        house.run()
-        append.future.result(0)
+        house.finish(Append(session, arrays, **options))
     assert caught.value.field == field
     assert house.engine.session(session).version == 0
     assert house.engine.capacity().models[0].used == 0
 
 
-def test_too_long_is_refused_before_anything_runs(house: House):
+def test_too_long_is_refused_before_anything_runs(house: House) -> None:
     session = house.open([1] * 10, max_length=12)
     with pytest.raises(LengthExceeded, match="13 positions pass the session's max_length 12"):
         house.append(session, [1, 2, 3])
@@ -182,12 +178,12 @@ def test_too_long_is_refused_before_anything_runs(house: House):
         house.append(wide, [1] * 160, [1] * 160)
 
 
-def test_a_step_needs_a_past(house: House):
+def test_a_step_needs_a_past(house: House) -> None:
     with pytest.raises(WrongState, match="prefill it"):
         house.append(house.open(), [1], step=True)
 
 
-def test_a_step_at_another_length_or_version_is_refused(house: House):
+def test_a_step_at_another_length_or_version_is_refused(house: House) -> None:
     session = house.open([1, 2])
     with pytest.raises(Moved) as caught:
         house.append(session, [3], step=True, batch_valid_length=[4])
@@ -200,7 +196,7 @@ def test_a_step_at_another_length_or_version_is_refused(house: House):
 # Order, waiting, failing
 
 
-def test_appends_to_one_session_run_in_arrival_order(house: House):
+def test_appends_to_one_session_run_in_arrival_order(house: House) -> None:
     session = house.open()
     appends = [house.submit(session, [token], want=DRAW) for token in (1, 2, 3)]
     house.run()
@@ -209,7 +205,7 @@ def test_appends_to_one_session_run_in_arrival_order(house: House):
     assert results[2].outputs["next_token"] == [next_token([1, 2, 3])]
 
 
-def test_a_refused_append_lets_the_next_one_run(house: House):
+def test_a_refused_append_lets_the_next_one_run(house: House) -> None:
     session = house.open([1], max_length=4)
     busy = house.submit(session, [2])
     too_long, fits = house.submit(session, [3, 4, 5]), house.submit(session, [3])
@@ -219,7 +215,7 @@ def test_a_refused_append_lets_the_next_one_run(house: House):
     assert fits.future.result(0).valid_length == [3]
 
 
-def test_a_failing_row_never_hurts_its_batch(house: House):
+def test_a_failing_row_never_hurts_its_batch(house: House) -> None:
     good, bad = [house.open([1]) for _ in range(3)], house.open([1])
     house.runner.poison = 66
     appends = [house.submit(session, [2], step=True, want=DRAW) for session in good]
@@ -232,7 +228,7 @@ def test_a_failing_row_never_hurts_its_batch(house: House):
     assert house.append(bad, [2], want=DRAW).outputs["next_token"] == [next_token([1, 2])]
 
 
-def test_a_failure_in_a_late_chunk_takes_the_whole_append_back(house: House):
+def test_a_failure_in_a_late_chunk_takes_the_whole_append_back(house: House) -> None:
     session = house.open([5] * 20)
     house.runner.poison = 66
     before = house.engine.session(session)
@@ -242,7 +238,7 @@ def test_a_failure_in_a_late_chunk_takes_the_whole_append_back(house: House):
     assert (after.valid_length, after.version, after.blocks) == (before.valid_length, before.version, before.blocks)
 
 
-def test_a_failure_after_leaving_a_shared_block_gives_it_back(house: House):
+def test_a_failure_after_leaving_a_shared_block_gives_it_back(house: House) -> None:
     parent = house.open([5] * 20)
     child = house.engine.fork(parent)[0].id
     house.runner.poison = 66
@@ -252,7 +248,7 @@ def test_a_failure_after_leaving_a_shared_block_gives_it_back(house: House):
     assert house.append(child, [7], want=DRAW).outputs["next_token"] == [next_token([5] * 20 + [7])]
 
 
-def test_an_append_waits_for_blocks_and_is_refused_after_the_deadline(house: House):
+def test_an_append_waits_for_blocks_and_is_refused_after_the_deadline(house: House) -> None:
     hog, session = house.open([1] * 190), house.open([1] * 100)
     waiting = house.submit(session, [2] * 60)
     house.run()
@@ -267,7 +263,7 @@ def test_an_append_waits_for_blocks_and_is_refused_after_the_deadline(house: Hou
     assert again.future.result(0).outputs["next_token"] == [next_token([1] * 100 + [2] * 60)]
 
 
-def test_a_cancelled_append_is_dropped_if_it_has_not_run(house: House):
+def test_a_cancelled_append_is_dropped_if_it_has_not_run(house: House) -> None:
     session = house.open([1])
     first, second = house.submit(session, [2]), house.submit(session, [3])
     assert second.future.cancel()
@@ -280,7 +276,7 @@ def test_a_cancelled_append_is_dropped_if_it_has_not_run(house: House):
     assert house.lengths(session) == [2]
 
 
-def test_queues_are_bounded(house: House):
+def test_queues_are_bounded(house: House) -> None:
     session = house.open()
     for token in range(16):
         house.submit(session, [token])
@@ -298,7 +294,7 @@ def test_queues_are_bounded(house: House):
 # Forking, truncating, deleting
 
 
-def test_a_fork_continues_as_its_parent_would(house: House):
+def test_a_fork_continues_as_its_parent_would(house: House) -> None:
     parent = house.open([1, 2, 3])
     children = [child.id for child in house.engine.fork(parent, count=2)]
     assert house.engine.capacity().models[0].used == 1
@@ -309,7 +305,7 @@ def test_a_fork_continues_as_its_parent_would(house: House):
     assert house.engine.session(children[0]).parent == parent
 
 
-def test_a_fork_may_start_earlier_and_while_the_parent_is_busy(house: House):
+def test_a_fork_may_start_earlier_and_while_the_parent_is_busy(house: House) -> None:
     parent = house.open(list(range(20)))
     running = house.submit(parent, [30] * 60)
     house.engine.run_once()
@@ -325,7 +321,7 @@ def test_a_fork_may_start_earlier_and_while_the_parent_is_busy(house: House):
 
 
 @pytest.mark.parametrize("at", [-1, 4, [1, 1]])
-def test_a_fork_outside_the_past_is_refused(house: House, at: int | list[int]):
+def test_a_fork_outside_the_past_is_refused(house: House, at: int | list[int]) -> None:
     with pytest.raises(InvalidInput, match="at: "):
         house.engine.fork(house.open([1, 2, 3]), at=at)
     with pytest.raises(InvalidInput, match="count: "):
@@ -333,7 +329,7 @@ def test_a_fork_outside_the_past_is_refused(house: House, at: int | list[int]):
 
 
 @pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 39])
-def test_truncate_then_append_equals_never_having_appended(house: House, length: int):
+def test_truncate_then_append_equals_never_having_appended(house: House, length: int) -> None:
     tokens = list(range(40))
     session = house.open(tokens)
     info = house.truncate(session, length)
@@ -342,7 +338,7 @@ def test_truncate_then_append_equals_never_having_appended(house: House, length:
     assert result.outputs["next_token"] == [next_token([*tokens[:length], 50, 51])]
 
 
-def test_truncate_waits_its_turn_and_checks_its_length(house: House):
+def test_truncate_waits_its_turn_and_checks_its_length(house: House) -> None:
     session = house.open([1, 2])
     append = house.submit(session, [3])
     cut = Truncate(session, 1)
@@ -358,7 +354,7 @@ def test_truncate_waits_its_turn_and_checks_its_length(house: House):
         house.truncate(session, 0, expected_version=1)
 
 
-def test_deleting_frees_at_once_and_says_what(house: House):
+def test_deleting_frees_at_once_and_says_what(house: House) -> None:
     parent = house.open([1] * 40)
     child = house.engine.fork(parent, at=32)[0].id
     assert house.engine.delete_session(parent) == Receipt(parent, 40, 512, 1, 2)
@@ -368,7 +364,7 @@ def test_deleting_frees_at_once_and_says_what(house: House):
         house.engine.session(child)
 
 
-def test_deleting_under_a_running_append_ends_it(house: House):
+def test_deleting_under_a_running_append_ends_it(house: House) -> None:
     session, mate = house.open([1] * 20), house.open([1])
     running = house.submit(session, [2] * 80)
     waiting = house.submit(session, [3])
@@ -381,7 +377,7 @@ def test_deleting_under_a_running_append_ends_it(house: House):
     assert house.engine.capacity().models[0].used == 1
 
 
-def test_deleting_between_leaving_a_shared_block_and_its_copy(house: House):
+def test_deleting_between_leaving_a_shared_block_and_its_copy(house: House) -> None:
     parent = house.open([5] * 20)
     child = house.engine.fork(parent)[0].id
     house.runner.poison = 66
@@ -397,7 +393,7 @@ def test_deleting_between_leaving_a_shared_block_and_its_copy(house: House):
 # Sessions
 
 
-def test_sessions_are_kept_apart_by_tenant(house: House):
+def test_sessions_are_kept_apart_by_tenant(house: House) -> None:
     session = house.open(tenant="a", session_id="mine")
     assert house.engine.create_session("decoder", tenant="b", session_id="mine").id == "mine"
     assert [info.id for info in house.engine.sessions("a")] == [session]
@@ -423,14 +419,14 @@ def test_sessions_are_kept_apart_by_tenant(house: House):
         ({"ttl_seconds": float("nan")}, InvalidInput),
     ],
 )
-def test_what_cannot_be_created(house: House, options: dict[str, Any], error: type[EngineError]):
+def test_what_cannot_be_created(house: House, options: dict[str, Any], error: type[EngineError]) -> None:
     house.open(session_id="taken")
     with pytest.raises(error):
         house.engine.create_session(**{"model": "decoder", **options})
     assert len(house.engine.sessions()) == 1
 
 
-def test_an_idle_session_expires_and_a_read_does_not_revive_it(house: House):
+def test_an_idle_session_expires_and_a_read_does_not_revive_it(house: House) -> None:
     session = house.open([1], ttl_seconds=10)
     house.clock.now += 9
     assert house.engine.session(session).expires_at == 1010
@@ -443,7 +439,7 @@ def test_an_idle_session_expires_and_a_read_does_not_revive_it(house: House):
         house.append(session, [1])
 
 
-def test_an_append_puts_off_expiry(house: House):
+def test_an_append_puts_off_expiry(house: House) -> None:
     session = house.open([1], ttl_seconds=10)
     house.clock.now += 9
     house.append(session, [2])
@@ -454,7 +450,7 @@ def test_an_append_puts_off_expiry(house: House):
 # Generation
 
 
-def test_generate_is_the_same_as_stepping_by_hand(house: House):
+def test_generate_is_the_same_as_stepping_by_hand(house: House) -> None:
     by_hand, served = house.open([1, 2, 3]), house.open([1, 2, 3])
     tokens: list[int] = []
     token = next_token([1, 2, 3])
@@ -471,7 +467,7 @@ def test_generate_is_the_same_as_stepping_by_hand(house: House):
     assert house.append(by_hand, [9], want=DRAW).outputs == house.append(served, [9], want=DRAW).outputs
 
 
-def test_a_stop_id_ends_a_row_before_it(house: House):
+def test_a_stop_id_ends_a_row_before_it(house: House) -> None:
     session = house.open([1, 2, 3])
     free = house.generate(house.engine.fork(session)[0].id, 4).token_ids[0]
     result = house.generate(session, 4, stop_ids=frozenset({free[2]}))
@@ -480,7 +476,7 @@ def test_a_stop_id_ends_a_row_before_it(house: House):
     assert house.lengths(session) == [5]
 
 
-def test_rows_stop_by_themselves(house: House):
+def test_rows_stop_by_themselves(house: House) -> None:
     session = house.open(batch_size=2)
     house.append(session, [1, 2, 3], [4, 5, 6])
     result = house.generate(session, 3, stop=lambda row, token: row == 0 and token == next_token([1, 2, 3]))
@@ -489,14 +485,14 @@ def test_rows_stop_by_themselves(house: House):
     assert result.valid_length == [3, 6]
 
 
-def test_generation_ends_at_max_length(house: House):
+def test_generation_ends_at_max_length(house: House) -> None:
     session = house.open([1, 2], max_length=4)
     result = house.generate(session, 10)
     assert (result.valid_length, result.finish_reason) == ([4], ["length"])
     assert house.generate(session, 1).token_ids == [[]]
 
 
-def test_generation_after_a_truncate_or_an_earlier_fork_replays_the_last_position(house: House):
+def test_generation_after_a_truncate_or_an_earlier_fork_replays_the_last_position(house: House) -> None:
     session = house.open([1, 2, 3, 4])
     child = house.engine.fork(session, at=2)[0].id
     house.truncate(session, 2)
@@ -505,7 +501,7 @@ def test_generation_after_a_truncate_or_an_earlier_fork_replays_the_last_positio
     assert house.generate(child, 3).token_ids == expected
 
 
-def test_a_cancelled_generation_stays_at_its_last_token(house: House):
+def test_a_cancelled_generation_stays_at_its_last_token(house: House) -> None:
     session = house.open([1])
     operation = Generate(session, 50)
     house.engine.submit(operation)
@@ -518,7 +514,7 @@ def test_a_cancelled_generation_stays_at_its_last_token(house: House):
     assert house.lengths(session) == [1 + len(result.token_ids[0])]
 
 
-def test_a_callback_that_raises_ends_only_its_generation(house: House):
+def test_a_callback_that_raises_ends_only_its_generation(house: House) -> None:
     session, mate = house.open([1]), house.open([1])
 
     def fail(event: TokenEvent) -> None:
@@ -533,7 +529,7 @@ def test_a_callback_that_raises_ends_only_its_generation(house: House):
     assert house.lengths(mate) == [6]
 
 
-def test_generation_needs_a_past_a_decoder_and_a_token(house: House):
+def test_generation_needs_a_past_a_decoder_and_a_token(house: House) -> None:
     with pytest.raises(WrongState):
         house.generate(house.open(), 1)
     with pytest.raises(InvalidInput, match="max_tokens"):
@@ -545,7 +541,7 @@ def test_generation_needs_a_past_a_decoder_and_a_token(house: House):
 # Stopping
 
 
-def test_a_stopping_engine_ends_what_it_has_and_takes_no_more(house: House):
+def test_a_stopping_engine_ends_what_it_has_and_takes_no_more(house: House) -> None:
     session = house.open([1])
     append = house.submit(session, [2] * 60)
     house.engine.stop()
@@ -559,7 +555,7 @@ def test_a_stopping_engine_ends_what_it_has_and_takes_no_more(house: House):
     assert append.future.result(0).valid_length == [61]
 
 
-def test_abort_ends_everything_and_leaves_the_sessions(house: House):
+def test_abort_ends_everything_and_leaves_the_sessions(house: House) -> None:
     session, other = house.open([1]), house.open([2])
     running, waiting = house.submit(session, [2] * 60), house.submit(session, [3])
     generation = Generate(other, 50)
@@ -572,7 +568,7 @@ def test_abort_ends_everything_and_leaves_the_sessions(house: House):
     assert house.lengths(session) == [1]
 
 
-def test_wait_returns_when_work_arrives_or_a_session_may_expire(house: House):
+def test_wait_returns_when_work_arrives_or_a_session_may_expire(house: House) -> None:
     session = house.open()
     house.run()
     threading.Timer(0.05, lambda: house.submit(session, [1])).start()

@@ -77,7 +77,7 @@ class Sessions(RuleBasedStateMachine):
         if max(lengths) > self.engine.session(session).max_length or sum(lengths) > (BLOCKS - 1) * 4:
             assert isinstance(error, LengthExceeded)
         elif error is not None:
-            assert isinstance(error, ModelFailed if fails else PoolExhausted) or isinstance(error, PoolExhausted)
+            assert isinstance(error, (ModelFailed if fails else PoolExhausted, PoolExhausted))
         else:
             assert not fails
             told.rows, told.version = after, told.version + 1
