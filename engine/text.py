@@ -42,6 +42,7 @@ class Tokenizer:
             for i, token in self._parsing.get_added_tokens_decoder().items()
             if token.special and token.content
         }
+        self._special_ids = frozenset(i for i, _ in self._control.values())
         unknown = getattr(self._plain.model, "unk_token", None)  # what cannot be encoded becomes it: text, not control
         self._control_ids = frozenset(i for content, (i, _) in self._control.items() if content != unknown)
         self._guard = _Guard(self._control)
@@ -75,6 +76,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         text: str = self._parsing.decode(list(ids), skip_special_tokens=skip_special)
         return text
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is a control token, which `decode` leaves out."""
+        return token in self._special_ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, continuing: bool = False) -> list[int]:
         """The ids of a conversation up to where the assistant's reply begins.
@@ -153,36 +158,36 @@ class StreamDecoder:
     """Token ids one by one to text, only whole characters: `feed(a) + feed(b) + ... + flush() == decode([a, b, ...])`.
 
     What follows a token can change how it decodes (a character's missing bytes, a word's leading blank), so the last
-    emitted tokens are decoded again in front of the held ones, and a text ending in U+FFFD waits.
+    emitted tokens are decoded again in front of the held ones, and a text ending in U+FFFD waits. Where the pieces may
+    differ from the whole is in bytes that are not UTF-8, which some tokenizers spoil their valid neighbours for.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._context: list[int] = []  # emitted tokens that still decide how the next ones decode
-        self._context_text = ""
         self._held: list[int] = []
         self._emitted = 0  # characters of decode(context + held) that are out
 
     def feed(self, token: int) -> str:
+        if self._skip_special and self._tokenizer.is_special(token):
+            return ""
         self._held.append(token)
         text = self._decode()
-        if len(self._held) == 1 and text == self._context_text:  # no text at all: a control token
-            self._held = []
-            return ""
         stable = text if len(self._held) > _HELD_TOKENS else text.rstrip(_REPLACEMENT)
         new = stable[self._emitted :]
         self._emitted = max(self._emitted, len(stable))
         if len(stable) == len(text):
-            self._context, self._held = self._held, []
-            self._context_text = self._decode()
-            self._emitted = len(self._context_text)
+            # A token that showed nothing may still decide about the next one: a first blank is not shown.
+            self._context = self._held if new else self._context + self._held
+            self._held = []
+            self._emitted = len(self._decode())
         return new
 
     def flush(self) -> str:
         """What was held, bytes that are no character as U+FFFD."""
         new = self._decode()[self._emitted :]
-        self._context, self._context_text, self._held, self._emitted = [], "", [], 0
+        self._context, self._held, self._emitted = [], [], 0
         return new
 
     def _decode(self) -> str:
@@ -190,7 +195,7 @@ class StreamDecoder:
 
 
 class StopStrings:
-    """A StreamDecoder that ends before the first of `stops`, and holds back what could still become one."""
+    """A StreamDecoder that ends before the first of `stops` to be complete, and holds back what could become one."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         if not all(stops):
@@ -213,9 +218,9 @@ class StopStrings:
 
     def _cut(self, new: str) -> tuple[str, bool]:
         text = self._held + new
-        found = [(text.index(stop), stop) for stop in self._stops if stop in text]
+        found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stops if stop in text]
         if found:
-            at, self.matched = min(found)
+            _, at, self.matched = min(found)  # where it ends: the same whether characters come one by one or in tokens
             self._held = ""
             return text[:at], True
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)

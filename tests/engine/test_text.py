@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -137,15 +137,14 @@ def test_a_stream_is_the_text_in_whole_characters(name: str, text: str) -> None:
     so_far = ""
     for piece in pieces:
         so_far += piece
-        assert text.startswith(so_far) or text == so_far
+        assert text.startswith(so_far)
     assert so_far + stream.flush() == tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
 @given(ids=st.lists(st.integers(0, 261), max_size=40))
-def test_a_stream_of_any_tokens_is_what_they_decode_to(name: str, ids: list[int]) -> None:
-    stream = StreamDecoder(TOKENIZERS[name])
-    assert "".join([*map(stream.feed, ids), stream.flush()]) == TOKENIZERS[name].decode(ids)
+def test_a_stream_of_any_bytes_is_what_they_decode_to(ids: list[int]) -> None:
+    stream = StreamDecoder(BYTES)
+    assert "".join([*map(stream.feed, ids), stream.flush()]) == BYTES.decode(ids)
 
 
 def test_a_character_waits_for_its_last_byte_and_a_control_token_is_silent() -> None:
@@ -188,7 +187,8 @@ def test_text_is_cut_before_the_stop_string_and_held_while_it_could_begin() -> N
 
 def test_the_first_of_several_ends_it() -> None:
     assert stopped("xxENDzz", ["zz", "END"]) == (["x", "x", "", "", ""], "END")
-    assert stopped("hello", ["lo", "el"]) == ([""], "el")
+    assert stopped("hello", ["lo", "el"]) == (["h"], "el")
+    assert stopped("abc", ["abcd", "b"]) == (["", "a"], "b")
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -198,9 +198,15 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 
 @given(st.text(alphabet="abé", max_size=12), st.lists(st.text(alphabet="abé", min_size=1, max_size=3), max_size=3))
-def test_stopping_is_cutting_at_the_earliest_occurrence(text: str, stops: list[str]) -> None:
-    emitted, _ = stopped(text, stops)
-    assert "".join(emitted) == text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
+def test_stopping_is_cutting_before_the_first_one_complete(text: str, stops: list[str]) -> None:
+    emitted, matched = stopped(text, stops)
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            assert matched == max(complete, key=len)
+            assert "".join(emitted) == text[:end].removesuffix(matched)
+            return
+    assert (matched, "".join(emitted)) == (None, text)
 
 
 # ------------------------------------------------------------------ chat
@@ -223,7 +229,7 @@ def test_a_further_turn_closes_the_reply_and_repeats_no_system_prompt() -> None:
     ids = BYTES.render_chat([user("and now?")], continuing=True)
     assert shown(BYTES, ids) == "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == CLOSE
-    whole = [user("."), {"role": "assistant", "content": "hello"}, user("and now?")]
+    whole: list[dict[str, object]] = [user("."), {"role": "assistant", "content": "hello"}, user("and now?")]
     first = BYTES.render_chat(whole[:1]) + BYTES.encode("hello")
     assert BYTES.render_chat(whole) == first + ids
 
@@ -250,6 +256,7 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}),
 
 
 @pytest.mark.parametrize("template", [SMOLLM2, TRIMMING], ids=["SmolLM2", "trimming"])
+@settings(deadline=None)  # the first one imports transformers
 @given(messages=MESSAGES)
 def test_ids_are_those_of_transformers_where_nothing_is_forged(template: str, messages: list[dict[str, str]]) -> None:
     ours = (BYTES if template == SMOLLM2 else TRIM).render_chat(messages)
