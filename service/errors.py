@@ -1,0 +1,165 @@
+"""From what went wrong to a status and a body. One table for the engine's errors, one body for everybody.
+
+Every error is an RFC 9457 problem that carries OpenAI's `error` object too, so that both kinds of client can read it.
+"""
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from engine.errors import (
+    EngineError,
+    EngineStopped,
+    InvalidInput,
+    LengthExceeded,
+    ModelFailed,
+    ModelNotFound,
+    Moved,
+    PoolExhausted,
+    QueueFull,
+    Refused,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    WrongState,
+)
+from keypast.schemas import Code, ErrorBody, Problem
+from keypast.wire import MalformedError, UnsupportedMediaError, WireError, etag, validation_error
+
+PROBLEM_TYPE = "application/problem+json"
+STOPPED_RETRY_AFTER = 1.0  # seconds: another replica, or this one restarted, may take it
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+class BodyTooLarge(Exception):
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the body is longer than {limit} bytes")
+
+
+class NotReady(Exception):
+    """The models are not loaded yet."""
+
+
+ENGINE_ERRORS: dict[type[EngineError], tuple[HTTPStatus, Code]] = {
+    InvalidInput: (HTTPStatus.UNPROCESSABLE_ENTITY, Code.INVALID_INPUT),
+    LengthExceeded: (HTTPStatus.UNPROCESSABLE_ENTITY, Code.LENGTH_EXCEEDED),
+    ModelNotFound: (HTTPStatus.NOT_FOUND, Code.MODEL_NOT_FOUND),
+    SessionNotFound: (HTTPStatus.NOT_FOUND, Code.SESSION_NOT_FOUND),
+    SessionExists: (HTTPStatus.CONFLICT, Code.SESSION_EXISTS),
+    SessionGone: (HTTPStatus.GONE, Code.SESSION_GONE),
+    WrongState: (HTTPStatus.CONFLICT, Code.WRONG_STATE),
+    Moved: (HTTPStatus.PRECONDITION_FAILED, Code.MOVED),
+    QueueFull: (HTTPStatus.TOO_MANY_REQUESTS, Code.QUEUE_FULL),
+    PoolExhausted: (HTTPStatus.TOO_MANY_REQUESTS, Code.POOL_EXHAUSTED),
+    ModelFailed: (HTTPStatus.INTERNAL_SERVER_ERROR, Code.MODEL_FAILED),
+    EngineStopped: (HTTPStatus.SERVICE_UNAVAILABLE, Code.ENGINE_STOPPED),
+}
+
+_HTTP_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
+
+
+def problem_of(error: Exception, path: str | None = None, request_id: str | None = None) -> Problem:
+    """The problem that tells of an error; an error nobody foresaw is told of without a word of what it says."""
+    status, code, members = _told(error)
+    detail = str(members.pop("detail", error))
+    field = members.get("field")
+    return Problem(
+        title=status.phrase,
+        status=status,
+        detail=detail,
+        instance=path,
+        code=code,
+        request_id=request_id,
+        error=ErrorBody(message=detail, type=_openai_type(status), param=field, code=code),
+        **members,
+    )
+
+
+def problem_response(request: Request, error: Exception) -> Response:
+    problem = problem_of(error, request.url.path, request.scope.get("state", {}).get("request_id"))
+    headers = {}
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(problem.retry_after))
+    if problem.version is not None:
+        headers["ETag"] = etag(problem.version)
+    if problem.status == HTTPStatus.CONFLICT:
+        headers["x-should-retry"] = "false"  # generated clients re-send a 409 unless told
+    if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        headers["Connection"] = "close"  # the rest of the body is not read
+    if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_allowed(request))
+    return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, PROBLEM_TYPE)
+
+
+def add_handlers(app: FastAPI) -> None:
+    async def handle(request: Request, error: Exception) -> Response:
+        return problem_response(request, error)
+
+    for kind in (EngineError, WireError, BodyTooLarge, NotReady, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
+
+
+def _told(error: Exception) -> tuple[HTTPStatus, Code, dict[str, Any]]:
+    """Status, code and the problem's further members."""
+    members: dict[str, Any] = {}
+    match error:
+        case EngineError() if type(error) in ENGINE_ERRORS:
+            status, code = ENGINE_ERRORS[type(error)]
+            return status, code, _engine_members(error)
+        case RequestValidationError():
+            first = error.errors()[0]
+            return _told(validation_error({**first, "loc": first["loc"][1:]}))  # from ("query", "limit") to limit
+        case MalformedError():
+            status, code = HTTPStatus.BAD_REQUEST, Code.MALFORMED
+        case UnsupportedMediaError():
+            status, code = HTTPStatus.UNSUPPORTED_MEDIA_TYPE, Code.UNSUPPORTED_MEDIA_TYPE
+        case WireError():
+            status, code = HTTPStatus.UNPROCESSABLE_ENTITY, Code.INVALID_INPUT
+            members["field"] = error.field
+        case BodyTooLarge():
+            status, code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, Code.BODY_TOO_LARGE
+        case NotReady():
+            status, code = HTTPStatus.SERVICE_UNAVAILABLE, Code.NOT_READY
+            members["retry_after"] = STOPPED_RETRY_AFTER
+        case HTTPException():
+            status = HTTPStatus(error.status_code)
+            code, members["detail"] = _HTTP_CODES.get(status, Code.MALFORMED), error.detail
+        case _:
+            status, code = HTTPStatus.INTERNAL_SERVER_ERROR, Code.INTERNAL
+            members["detail"] = "the service failed; its log has the details under this request id"
+    members.setdefault("detail", str(error))
+    return status, code, members
+
+
+def _engine_members(error: EngineError) -> dict[str, Any]:
+    match error:
+        case InvalidInput():
+            return {"field": error.field}
+        case SessionGone():
+            return {"reason": error.reason}
+        case Moved():
+            return {"version": error.version, "valid_length": error.valid_length}
+        case Refused():
+            return {"retry_after": error.retry_after}
+        case EngineStopped():
+            return {"retry_after": STOPPED_RETRY_AFTER}
+    return {}
+
+
+def _openai_type(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "server_error" if status >= 500 else "invalid_request_error"
+
+
+def _allowed(request: Request) -> list[str]:
+    """Every method of the path, though its routes are many."""
+    routes = request.app.router.routes
+    scope = {key: request.scope[key] for key in ("type", "path", "headers")} | {"root_path": "", "path_params": {}}
+    methods = [m for m in METHODS if any(r.matches({**scope, "method": m})[0] is Match.FULL for r in routes)]
+    return ["HEAD", *methods] if "GET" in methods else methods

@@ -1,0 +1,116 @@
+"""The service's life, and what its routes need of it.
+
+loading   models are read in a background thread; /livez says 200, everything else 503
+ready     the engine runs
+draining  new work is refused, running work ends
+down      loading failed, or the engine's thread has ended; /readyz says 503 for good
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fastapi import Request
+
+from engine.engine import Engine
+from service.errors import NotReady
+from service.settings import Settings
+from service.text import TextModel
+from service.worker import EngineWorker
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine over its models, and what those that read text need for it, by the model's name."""
+
+    engine: Engine
+    texts: Mapping[str, TextModel]
+
+
+Load = Callable[[Progress], Loaded]
+
+
+class Service:
+    """`load` runs on its own thread and may take minutes; what it tells its argument is shown while it does."""
+
+    def __init__(self, load: Load, settings: Settings) -> None:
+        self.settings = settings
+        self.progress = "starting"
+        self.loaded_at = 0.0
+        self._load = load
+        self._worker: EngineWorker | None = None
+        self._texts: Mapping[str, TextModel] = {}
+        self._settled = asyncio.Event()
+        self._error: BaseException | None = None
+        self._stopped: asyncio.Task[None] | None = None
+
+    @property
+    def status(self) -> Literal["loading", "ready", "draining", "down"]:
+        if self._worker is not None:
+            return self._worker.status
+        return "loading" if self._error is None else "down"
+
+    @property
+    def worker(self) -> EngineWorker:
+        """Raises NotReady."""
+        if self._worker is None:
+            raise NotReady("the models are not loaded; nothing was applied")
+        return self._worker
+
+    @property
+    def engine(self) -> Engine:
+        """Raises NotReady."""
+        return self.worker.engine
+
+    def text_model(self, name: str) -> TextModel | None:
+        return self._texts.get(name)
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def load() -> None:
+            try:
+                outcome: Loaded | BaseException = self._load(self._report)
+            except BaseException as error:
+                outcome = error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._settle, outcome)
+
+        threading.Thread(target=load, name="load", daemon=True).start()
+
+    async def loaded(self) -> None:
+        """Returns when the models are loaded. Raises what loading them raised."""
+        await self._settled.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def stop(self) -> None:
+        """Drains, once; whoever calls it again waits for the same end."""
+        if self._worker is not None:
+            if self._stopped is None:
+                self._stopped = asyncio.ensure_future(self._worker.stop(self.settings.drain_seconds))
+            await asyncio.shield(self._stopped)
+
+    def _report(self, message: str) -> None:
+        self.progress = message
+
+    def _settle(self, outcome: Loaded | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            self._error = outcome
+            self.progress = "loading failed"
+        else:
+            self._texts = outcome.texts
+            self._worker = EngineWorker(outcome.engine)
+            self._worker.start()
+            self.loaded_at = time.time()
+        self._settled.set()
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

@@ -1,0 +1,43 @@
+"""How much of a request is read. Depth of nesting needs no limit here: pydantic's parser stops at 200 levels."""
+
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, UnsupportedMediaError, is_safetensors, validated
+from service.errors import BodyTooLarge
+from service.lifecycle import service_of
+from service.worker import ReaderGone
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_json(request: Request, model: type[Model]) -> Model:
+    """A body that can only be JSON. Raises WireError and its children, BodyTooLarge, ReaderGone."""
+    if is_safetensors(request.headers.get("content-type")):
+        raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for prefill and step; send {JSON_TYPE}")
+    return validated(model, await read_body(request))
+
+
+async def read_body(request: Request) -> bytes:
+    """Refuses a longer body before reading it when its length is declared, else at the byte that is too many.
+
+    Raises BodyTooLarge, ReaderGone.
+    """
+    limit = service_of(request).settings.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise BodyTooLarge(limit)
+    chunks = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise BodyTooLarge(limit)
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ReaderGone from None
+    return chunks[0] if len(chunks) == 2 and not chunks[1] else b"".join(chunks)

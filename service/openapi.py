@@ -1,0 +1,118 @@
+"""The pieces of the OpenAPI document that FastAPI cannot see, since routes read their bodies themselves."""
+
+import inspect
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from keypast import schemas
+from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE
+from service.errors import PROBLEM_TYPE
+
+Documented = dict[int | str, dict[str, Any]]
+
+_REFS = "#/components/schemas/"
+_MEANINGS = {
+    400: "The body is not JSON, or not a safetensors file.",
+    404: "No such session, or another tenant's.",
+    409: "The session is not in a state for this, or its id is taken; not to be sent again.",
+    410: "The session was there and is gone; `reason` says why.",
+    412: "The version or the length has moved; the present ones are in the body. Nothing was done.",
+    413: "The body is too large.",
+    415: "Neither JSON nor safetensors.",
+    422: "A value, shape or dtype is wrong, or too long; `field` names it.",
+    429: "Too much waits, or no memory came free; try again after `Retry-After`. Nothing was done.",
+    500: "The model failed; the session is as before.",
+    503: "Loading, draining or down; try again after `Retry-After`. Nothing was done.",
+}
+_APPEND_OPTIONS = ("logits", "top_logprobs", "sample", "need_weights", "average_attn_weights")
+
+IF_MATCH = {
+    "name": "If-Match",
+    "in": "header",
+    "required": False,
+    "description": 'The version expected, as `ETag` gave it: `"3"`.',
+    "schema": {"type": "string"},
+}
+VERSION_HEADERS = {"ETag": {"description": 'The session\'s version, quoted: `"3"`.', "schema": {"type": "string"}}}
+APPEND_HEADERS = VERSION_HEADERS | {
+    name: {"description": f"`{field}`, for those who do not read the body.", "schema": {"type": "string"}}
+    for name, field in {
+        "Keypast-Version": "version",
+        "Keypast-Past-Length": "past_length",
+        "Keypast-Valid-Length": "valid_length",
+        "Keypast-Queue-Ms": "timings.queue_ms",
+        "Keypast-Compute-Ms": "timings.compute_ms",
+    }.items()
+}
+BINARY = {"type": "string", "format": "binary"}
+
+
+def ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REFS + model.__name__}
+
+
+def reply(model: type[BaseModel], description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"description": description, "headers": headers or {}, "content": {JSON_TYPE: {"schema": ref(model)}}}
+
+
+def problems(*statuses: int) -> Documented:
+    """These, and one entry for all others."""
+    content = {PROBLEM_TYPE: {"schema": ref(schemas.Problem)}}
+    named: Documented = {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
+    return {**named, "default": {"description": "Any other refusal.", "content": content}}
+
+
+def json_request(model: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": ref(model)}}}}
+
+
+def append_request(model: type[BaseModel]) -> dict[str, Any]:
+    """Both media types; the options of a safetensors body are query parameters, their values JSON texts."""
+    document = json_request(model)
+    document["requestBody"]["content"][SAFETENSORS_TYPE] = {"schema": BINARY}
+    schema = model.model_json_schema(ref_template=_REFS + "{model}")["properties"]
+    parameters = [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "description": f"As in the JSON body; only with {SAFETENSORS_TYPE}.",
+            "content": {JSON_TYPE: {"schema": schema[name]}},
+        }
+        for name in _APPEND_OPTIONS
+    ]
+    return {**document, "parameters": [IF_MATCH, *parameters]}
+
+
+def append_reply() -> dict[str, Any]:
+    document = reply(schemas.AppendReply, "Appended.", APPEND_HEADERS)
+    document["content"][SAFETENSORS_TYPE] = {"schema": BINARY}
+    return document
+
+
+def install(app: FastAPI) -> None:
+    """Makes `app.openapi()` know every wire model."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+            document.setdefault("components", {}).setdefault("schemas", {}).update(_wire_schemas())
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
+
+
+def _wire_schemas() -> dict[str, Any]:
+    models = [
+        model
+        for _, model in inspect.getmembers(schemas, inspect.isclass)
+        if issubclass(model, BaseModel) and model.__module__ == schemas.__name__
+    ]
+    _, document = models_json_schema([(model, "validation") for model in models], ref_template=_REFS + "{model}")
+    schemas_by_name: dict[str, Any] = document["$defs"]
+    return schemas_by_name

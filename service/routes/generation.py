@@ -1,0 +1,155 @@
+"""Generate: the server's own loop of sample and step, as one reply or as a stream of events."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter, Request, Response
+
+from engine.batch import Generate, GenerateResult, TokenEvent
+from engine.errors import EngineError, InvalidInput, SessionGone
+from engine.stats import SessionInfo
+from keypast.schemas import Generated, GenerateReply, GenerateRequest, StreamEnd, StreamToken, Timings
+from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
+from service.auth import Tenant
+from service.lifecycle import Service, service_of
+from service.limits import read_json
+from service.openapi import APPEND_HEADERS, IF_MATCH, json_request, problems, reply
+from service.streams import EVENT_STREAM, PING, EventStream, event
+from service.text import GeneratedText, sampling
+
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["inference"], default_response_class=Response)
+
+Said = tuple[TokenEvent, list[str]]  # a commit, and the text that each row may show for it
+
+_REPLY = reply(GenerateReply, "What was generated; with `stream`, server-sent events.", APPEND_HEADERS)
+_REPLY["content"][EVENT_STREAM] = {"schema": {"type": "string", "description": "StreamToken …, StreamEnd, [DONE]"}}
+
+
+@router.post(
+    "/generate",
+    openapi_extra={**json_request(GenerateRequest), "parameters": [IF_MATCH]},
+    responses={200: _REPLY, **problems(400, 404, 409, 410, 412, 413, 415, 422, 429, 500, 503)},
+)
+async def generate(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Draws tokens and appends them; every token is a commit."""
+    service = service_of(request)
+    expected = parse_if_match(request.headers.get("if-match"))
+    wanted = await read_json(request, GenerateRequest)
+    session = service.engine.session(session_id, tenant)
+    run = _Run(service, request, wanted, session, expected)
+    return await (run.stream() if wanted.stream else run.reply())
+
+
+class _Run:
+    """One request's generation."""
+
+    def __init__(
+        self, service: Service, request: Request, wanted: GenerateRequest, session: SessionInfo, expected: int | None
+    ) -> None:
+        self._service = service
+        self._request = request
+        self._wanted = wanted
+        self._rows = len(session.valid_length)
+        model = service.text_model(session.model)
+        stop_texts = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
+        if stop_texts and model is None:
+            raise InvalidInput("stop", f"model {session.model} writes no text")
+        self._written = GeneratedText(model.tokenizer if model else None, self._rows, stop_texts)
+        self._operation = Generate(
+            session.id,
+            wanted.max_tokens,
+            session.tenant,
+            sampling(wanted.sample),
+            stop_ids=frozenset() if wanted.ignore_eos or model is None else model.end_ids,
+            stop=self._written.stops,
+            expected_version=expected,
+        )
+
+    async def reply(self) -> Response:
+        started = time.perf_counter()
+        events: list[TokenEvent] = []
+        try:
+            async with aclosing(self._items(silence=None)) as items:
+                async for item in items:
+                    if isinstance(item, GenerateResult):
+                        return self._respond(item)
+                    if item is not None:
+                        events.append(item[0])
+            raise AssertionError("a generation ended without a result")
+        except SessionGone:
+            raise
+        except EngineError:
+            if not events:
+                raise
+            # an error reply would say that nothing was applied, and be retried; these tokens are in the session
+            return self._respond(self._cut_short(events, (time.perf_counter() - started) * 1e3))
+
+    async def stream(self) -> Response:
+        items = self._items(self._service.settings.ping_seconds)
+        first = await anext(items)  # what fails before the first token still has a status of its own
+        return EventStream(self._events(first, items))
+
+    def _items(self, silence: float | None) -> AsyncGenerator[Said | GenerateResult | None]:
+        def said(token: TokenEvent) -> Said:
+            return token, self._written.committed(token)
+
+        return self._service.worker.generate(self._operation, said, self._request.receive, silence)
+
+    async def _events(
+        self, item: Said | GenerateResult | None, items: AsyncGenerator[Said | GenerateResult | None]
+    ) -> AsyncGenerator[bytes]:
+        async with aclosing(items):
+            while not isinstance(item, GenerateResult):
+                yield PING if item is None else event(self._token(*item).model_dump_json(exclude_none=True))
+                item = await anext(items)
+            yield event(self._end(item).model_dump_json(exclude_none=True))
+
+    def _token(self, token: TokenEvent, said: list[str]) -> StreamToken:
+        return StreamToken(
+            token_ids=token.token_ids,
+            text=said,
+            valid_length=token.valid_length,
+            version=token.version,
+            logprobs=token.logprobs if self._wanted.logprobs else None,
+        )
+
+    def _end(self, result: GenerateResult) -> StreamEnd:
+        return StreamEnd(
+            finish_reason=result.finish_reason,
+            text=self._written.rest(result.finish_reason),
+            past_length=result.past_length,
+            valid_length=result.valid_length,
+            version=result.version,
+            timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
+        )
+
+    def _respond(self, result: GenerateResult) -> Response:
+        self._written.rest(result.finish_reason)
+        body = GenerateReply(
+            outputs=Generated(
+                token_ids=result.token_ids,
+                text=self._written.texts,
+                logprobs=result.logprobs if self._wanted.logprobs else None,
+            ),
+            finish_reason=result.finish_reason,
+            past_length=result.past_length,
+            valid_length=result.valid_length,
+            version=result.version,
+            timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
+        )
+        return Response(body.model_dump_json(exclude_none=True), 200, reply_headers(body), JSON_TYPE)
+
+    def _cut_short(self, events: list[TokenEvent], elapsed_ms: float) -> GenerateResult:
+        rows = range(self._rows)
+        drawn = [[(e.token_ids[row], e.logprobs[row]) for e in events] for row in rows]
+        return GenerateResult(
+            token_ids=[[token for token, _ in row if token is not None] for row in drawn],
+            logprobs=[[logprob for _, logprob in row if logprob is not None] for row in drawn],
+            finish_reason=["cancelled" for _ in rows],
+            past_length=events[0].past_length,
+            valid_length=events[-1].valid_length,
+            version=events[-1].version,
+            queue_ms=0.0,
+            compute_ms=elapsed_ms,
+        )

@@ -1,0 +1,135 @@
+"""Prefill and step: parse, submit, reply. One path for every kind of model."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from engine.batch import Append, AppendResult, Want
+from engine.errors import InvalidInput
+from keypast.schemas import AppendReply, AppendRequest, Outputs, PrefillRequest, StepRequest, Timings, TopLogprob
+from keypast.wire import Encoded, Form, parse_if_match, read_append, reply_form, write_reply
+from service.auth import Tenant
+from service.lifecycle import Service, service_of
+from service.limits import read_body
+from service.openapi import append_reply, append_request, problems
+from service.text import TextModel, encode_rows, pad, sampling
+
+T = TypeVar("T")
+
+LARGE = 256 << 10  # bytes from which coding is worth a thread of its own, so that others are answered meanwhile
+
+router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["inference"], default_response_class=Response)
+
+_RESPONSES = {200: append_reply(), **problems(400, 404, 409, 410, 412, 413, 415, 422, 429, 500, 503)}
+
+
+@router.post("/step", openapi_extra=append_request(StepRequest), responses=_RESPONSES)
+async def step(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Appends exactly one position a row to a past that is not empty."""
+    return await _append(request, session_id, tenant, StepRequest)
+
+
+@router.post("/prefill", openapi_extra=append_request(PrefillRequest), responses=_RESPONSES)
+async def prefill(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Appends n >= 1 positions a row to any past, empty or not."""
+    return await _append(request, session_id, tenant, PrefillRequest)
+
+
+async def _append(request: Request, session_id: str, tenant: str, kind: type[AppendRequest]) -> Response:
+    service = service_of(request)
+    worker = service.worker
+    body = await read_body(request)
+    read = await _coded(len(body), lambda: _read(service, request, session_id, tenant, kind, body))
+    result = await worker.append(read.operation, request.receive)
+    form = reply_form(read.form, request.headers.get("accept"))
+    size = sum(value.nbytes for value in result.outputs.values() if isinstance(value, np.ndarray))
+    reply = await _coded(size, lambda: _write(result, read.text, form))
+    return Response(reply.body, 200, reply.headers, reply.content_type)
+
+
+async def _coded(size: int, code: Callable[[], T]) -> T:
+    return code() if size < LARGE else await asyncio.to_thread(code)
+
+
+class _Read(NamedTuple):
+    operation: Append
+    form: Form
+    text: TextModel | None  # when the request or its reply has text
+
+
+def _read(
+    service: Service, request: Request, session_id: str, tenant: str, kind: type[AppendRequest], body: bytes
+) -> _Read:
+    """Raises WireError and its children, InvalidInput, SessionNotFound, SessionGone."""
+    expected = parse_if_match(request.headers.get("if-match"))
+    query = request.query_params.multi_items()
+    asked, inputs, form = read_append(kind, request.headers.get("content-type"), body, query)
+    lengths = asked.batch_valid_length
+    text: TextModel | None = None
+    if asked.token_ids is not None:
+        inputs["token_ids"] = np.array(asked.token_ids, dtype=np.int64)
+    if asked.text is not None or asked.messages is not None or asked.sample is not None or asked.top_logprobs:
+        session = service.engine.session(session_id, tenant)
+        text = service.text_model(session.model)
+        if asked.text is not None or asked.messages is not None:
+            rows = encode_rows(asked, session, text)
+            inputs["token_ids"] = pad(rows)
+            if len(set(map(len, rows))) > 1:
+                after = [past + len(row) for past, row in zip(session.valid_length, rows, strict=True)]
+                if lengths not in (None, after):
+                    raise InvalidInput("batch_valid_length", f"the text makes it {after}, got {lengths}; leave it out")
+                lengths = after
+                # lengths are counted from the past as it is now: an append that gets in between must not change them
+                expected = session.version if expected is None else expected
+    want = Want(
+        logits=asked.logits,
+        top_logprobs=asked.top_logprobs,
+        sample=None if asked.sample is None else sampling(asked.sample),
+        need_weights=asked.need_weights,
+        average_attn_weights=asked.average_attn_weights,
+    )
+    operation = Append(
+        session_id,
+        inputs,
+        tenant,
+        kind is StepRequest,
+        batch_valid_length=lengths,
+        expected_version=expected,
+        want=want,
+    )
+    return _Read(operation, form, text)
+
+
+def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
+    arrays = {name: value for name, value in result.outputs.items() if isinstance(value, np.ndarray)}
+    reply = AppendReply(
+        outputs=_outputs(result, text),
+        past_length=result.past_length,
+        valid_length=result.valid_length,
+        version=result.version,
+        timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
+    )
+    return write_reply(reply, arrays, form)
+
+
+def _outputs(result: AppendResult, text: TextModel | None) -> Outputs:
+    """Those that are not arrays. A row that appended nothing has None in the engine's lists."""
+
+    def spoken(token: int | None) -> str:
+        return "" if token is None or text is None else text.tokenizer.decode([token])
+
+    tokens: list[int | None] | None = result.outputs.get("next_token")
+    likeliest: list[list[tuple[int, float]] | None] | None = result.outputs.get("top_logprobs")
+    return Outputs(
+        next_token=tokens,
+        text=None if tokens is None or text is None else [spoken(token) for token in tokens],
+        top_logprobs=None
+        if likeliest is None
+        else [
+            [TopLogprob(token_id=token, logprob=logprob, text=spoken(token)) for token, logprob in row or []]
+            for row in likeliest
+        ],
+    )

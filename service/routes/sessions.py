@@ -1,0 +1,196 @@
+"""Sessions: create, list, read, delete, fork, truncate. Nothing is computed here."""
+
+import base64
+import binascii
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from engine.batch import Truncate
+from engine.engine import Engine
+from engine.errors import InvalidInput, Moved
+from engine.stats import SessionInfo
+from keypast.schemas import (
+    CreateSession,
+    ForkReply,
+    ForkRequest,
+    ListSessions,
+    Receipt,
+    SessionPage,
+    SessionView,
+    TruncateRequest,
+)
+from keypast.wire import JSON_TYPE, etag, parse_if_match
+from service.auth import Tenant
+from service.lifecycle import service_of
+from service.limits import read_json
+from service.openapi import IF_MATCH, VERSION_HEADERS, json_request, problems, reply
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"], default_response_class=Response)
+
+_LOCATION = {"Location": {"description": "The session's address.", "schema": {"type": "string"}}}
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=json_request(CreateSession),
+    responses={
+        201: reply(SessionView, "Created.", VERSION_HEADERS | _LOCATION),
+        **problems(400, 404, 409, 413, 415, 422, 429, 503),
+    },
+)
+async def create_session(request: Request, tenant: Tenant) -> Response:
+    """An empty session."""
+    wanted = await read_json(request, CreateSession)
+    info = service_of(request).engine.create_session(
+        wanted.model,
+        tenant=tenant,
+        session_id=wanted.id,
+        batch_size=wanted.batch_size,
+        max_length=wanted.max_length,
+        ttl_seconds=wanted.ttl_seconds,
+        labels=wanted.labels,
+    )
+    return _session_response(info, 201, {"Location": f"/v1/sessions/{info.id}"})
+
+
+@router.get("", responses={200: reply(SessionPage, "A page, oldest first."), **problems(422, 503)})
+async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListSessions, Query()]) -> Response:
+    """The caller's sessions, oldest first. A page holds what follows its cursor, whatever was deleted meanwhile."""
+    after = None if query.cursor is None else _read_cursor(query.cursor)
+    infos = sorted(service_of(request).engine.sessions(tenant), key=_order)
+    wanted = [info for info in infos if (after is None or _order(info) > after) and _matches(info, query)]
+    page = wanted[: query.limit]
+    cursor = _write_cursor(page[-1]) if len(wanted) > len(page) else None
+    body = SessionPage(data=[_view(info) for info in page], next_cursor=cursor)
+    return Response(body.model_dump_json(), media_type=JSON_TYPE)
+
+
+@router.get(
+    "/{session_id}", responses={200: reply(SessionView, "The session.", VERSION_HEADERS), **problems(404, 410, 503)}
+)
+async def get_session(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """The session as it is now."""
+    return _session_response(service_of(request).engine.session(session_id, tenant))
+
+
+@router.delete(
+    "/{session_id}",
+    openapi_extra={"parameters": [IF_MATCH]},
+    responses={200: reply(Receipt, "What was freed."), **problems(404, 410, 412, 422, 503)},
+)
+async def delete_session(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Frees every block now, also while an append runs."""
+    engine = service_of(request).engine
+    _matched(request, engine, session_id, tenant)
+    receipt = engine.delete_session(session_id, tenant)
+    body = Receipt(
+        id=receipt.id,
+        positions=receipt.positions,
+        bytes=receipt.bytes,
+        blocks_freed=receipt.blocks_freed,
+        blocks_still_shared=receipt.blocks_still_shared,
+    )
+    return Response(body.model_dump_json(), media_type=JSON_TYPE)
+
+
+@router.post(
+    "/{session_id}/fork",
+    status_code=201,
+    openapi_extra={**json_request(ForkRequest), "parameters": [IF_MATCH]},
+    responses={201: reply(ForkReply, "The children."), **problems(400, 404, 410, 412, 413, 415, 422, 429, 503)},
+)
+async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Children that share the session's blocks until one of them writes."""
+    wanted = await read_json(request, ForkRequest)
+    engine = service_of(request).engine
+    parent = _matched(request, engine, session_id, tenant)
+    # lengths that were checked stay the children's, also if an append commits between the check and the fork
+    at = wanted.at if wanted.at is not None or parent is None else parent.valid_length
+    children = engine.fork(session_id, tenant=tenant, count=wanted.count, at=at)
+    return Response(ForkReply(sessions=[_view(child) for child in children]).model_dump_json(), 201, None, JSON_TYPE)
+
+
+@router.post(
+    "/{session_id}/truncate",
+    openapi_extra={**json_request(TruncateRequest), "parameters": [IF_MATCH]},
+    responses={
+        200: reply(SessionView, "The session, shorter.", VERSION_HEADERS),
+        **problems(400, 404, 410, 412, 413, 415, 422, 429, 503),
+    },
+)
+async def truncate_session(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Back to an earlier length, as if what came after it had never been."""
+    wanted = await read_json(request, TruncateRequest)
+    expected = parse_if_match(request.headers.get("if-match"))
+    operation = Truncate(session_id, wanted.length, tenant, expected_version=expected)
+    return _session_response(await service_of(request).worker.truncate(operation, request.receive))
+
+
+def _matched(request: Request, engine: Engine, session_id: str, tenant: str) -> SessionInfo | None:
+    """The session, when If-Match asks for a version and it is at that. Raises Moved."""
+    expected = parse_if_match(request.headers.get("if-match"))
+    if expected is None:
+        return None
+    info = engine.session(session_id, tenant)
+    if info.version != expected:
+        message = f"the session is at version {info.version}, not {expected}"
+        raise Moved(message, info.version, info.valid_length)
+    return info
+
+
+def _session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(_view(info).model_dump_json(), status, {"ETag": etag(info.version), **(headers or {})}, JSON_TYPE)
+
+
+def _view(info: SessionInfo) -> SessionView:
+    return SessionView(
+        id=info.id,
+        model=info.model,
+        kind=info.kind,
+        state=info.state,
+        batch_size=len(info.valid_length),
+        valid_length=info.valid_length,
+        max_length=info.max_length,
+        version=info.version,
+        bytes=info.bytes,
+        blocks=info.blocks,
+        shared_blocks=info.shared_blocks,
+        parent=info.parent,
+        labels=info.labels,
+        created_at=_time(info.created_at),
+        last_used_at=_time(info.last_used_at),
+        expires_at=None if info.expires_at is None else _time(info.expires_at),
+    )
+
+
+def _time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _matches(info: SessionInfo, query: ListSessions) -> bool:
+    if query.model not in (None, info.model) or query.state not in (None, info.state):
+        return False
+    for label in query.label:
+        key, equals, value = label.partition("=")
+        if key not in info.labels or (equals and info.labels[key] != value):
+            return False
+    return True
+
+
+def _order(info: SessionInfo) -> tuple[float, str]:
+    return info.created_at, info.id
+
+
+def _write_cursor(info: SessionInfo) -> str:
+    return base64.urlsafe_b64encode(f"{info.created_at.hex()} {info.id}".encode()).decode()
+
+
+def _read_cursor(cursor: str) -> tuple[float, str]:
+    try:
+        created_at, session_id = base64.b64decode(cursor, altchars=b"-_", validate=True).decode().split(" ")
+        return float.fromhex(created_at), session_id
+    except (ValueError, OverflowError, binascii.Error):
+        raise InvalidInput("cursor", "is not the next_cursor of a page") from None

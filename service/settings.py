@@ -1,0 +1,126 @@
+"""What the operator decides. The only reader of the environment: `KEYPAST_PORT=9000` sets `port`, and so on."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "KEYPAST_"
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b?|b)?", re.IGNORECASE)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names its key and the fix."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every one")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    models: Annotated[dict[str, str], NoDecode] = Field(
+        default={"smollm2-135m": "default", "attention": "attention:hidden=512,heads=8"},
+        min_length=1,
+        description="what to serve: NAME=SPEC, separated by spaces, or a JSON object",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of weights and activations; auto: what the device does best"
+    )
+    kv_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float16", description="of the keys and values that sessions hold"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    attention_backend: Literal["auto", "cpu", "sdpa"] = Field(
+        default="auto", description="sdpa is the slow reference; auto: the fastest that the device has"
+    )
+    threads: int = Field(default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core")
+    cache_dir: Path = Field(
+        default=Path("~/.cache/keypast"), description="where models and compiled kernels are kept; made when missing"
+    )
+
+    kv_memory: str = Field(
+        default="25%", description="for keys and values: bytes (4GiB, 500MB) or a share of the free memory (25%)"
+    )
+    block_size: int = Field(default=16, ge=1, le=1024, description="positions a block")
+    token_budget: int = Field(
+        default=512, ge=1, description="new positions of one batch; longer prefills run in chunks"
+    )
+    max_rows: int = Field(default=256, ge=1, description="rows of one batch")
+    max_sessions: int = Field(default=65536, ge=1, description="sessions at a time")
+    max_waiting: int = Field(default=4096, ge=1, description="appends that may wait in all; more are refused (429)")
+    max_waiting_per_session: int = Field(default=16, ge=1, description="appends that may wait on one session")
+    wait_seconds: float = Field(default=30.0, gt=0, description="an append that got no blocks by then is refused")
+
+    max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
+    ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")
+    drain_seconds: float = Field(default=30.0, ge=0, description="how long running work may go on after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="info writes a line a request, warning does not"
+    )
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        models: dict[str, str] = {}
+        for entry in value.split():
+            name, equals, spec = entry.partition("=")
+            if not (equals and spec):
+                raise ValueError(f"{entry!r} is not NAME=SPEC, as in smollm2-135m=default")
+            if name in models:
+                raise ValueError(f"{name} is named twice")
+            models[name] = spec
+        return models
+
+    @field_validator("models")
+    @classmethod
+    def _well_named(cls, models: dict[str, str]) -> dict[str, str]:
+        for name in models:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a name: letters, digits and ._/- , 128 at most")
+        return models
+
+    @field_validator("kv_memory")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        parse_memory(text, available=1 << 40)
+        return text
+
+
+def parse_memory(text: str, available: int) -> int:
+    """Bytes, of which a share is taken of `available`. KB is 1000 bytes, KiB and K are 1024."""
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not an amount of memory, as in 4GiB, 500MB or 25%")
+    number, unit = float(match[1]), (match[2] or "b").lower()
+    if unit == "%":
+        if not 0 < number <= 95:
+            raise ValueError(f"{text!r} must be more than 0% and at most 95%")
+        return int(available * number / 100)
+    base = 1000 if len(unit) == 2 else 1024
+    size = int(number * base ** _UNITS.get(unit[0], 0))
+    if size < 1 << 20:
+        raise ValueError(f"{text!r} is less than 1MiB, too little to hold a session")
+    return size
+
+
+def read_settings() -> Settings:
+    """Raises SettingsError."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(str(part) for part in problem["loc"])
+            meant = Settings.model_fields[key].description if key in Settings.model_fields else "no such setting"
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{PREFIX}{key.upper()}={problem['input']!s}: {message} ({meant})")
+        raise SettingsError("\n".join(lines)) from None

@@ -1,0 +1,46 @@
+"""Server-sent events: `data:` lines of JSON, comments while there is silence, `[DONE]` at the end."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from service.errors import problem_of
+from service.worker import ReaderGone
+
+EVENT_STREAM = "text/event-stream"
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(json: str) -> bytes:
+    return f"data: {json}\n\n".encode()
+
+
+class EventStream(Response):
+    """Sends what `events` gives; an error on the way is told as the last event, since the status is out already.
+
+    `events` is closed when the reader leaves, and always.
+    """
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # nobody may hold it back
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            try:
+                async for chunk in events:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except (ReaderGone, OSError):  # the server may say so by either
+                raise ReaderGone from None
+            except Exception as error:
+                problem = problem_of(error, scope["path"], scope["state"]["request_id"])
+                body = f'{{"error":{problem.error.model_dump_json(exclude_none=True)}}}'
+                await send({"type": "http.response.body", "body": event(body), "more_body": True})
+            await send({"type": "http.response.body", "body": DONE, "more_body": False})

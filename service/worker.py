@@ -1,0 +1,186 @@
+"""The engine's thread, and the event loop's way to it.
+
+    event loop                               engine thread
+    append, truncate, generate  -- submit ->  run_once, until there is nothing to run, then wait
+                                <- futures --  commit
+                                <- tokens ---
+
+A reader who leaves before the work is scheduled takes it along; after that it commits. A generation whose reader leaves
+ends at the token being computed.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
+from typing import Any, Literal, TypeVar
+
+from starlette.types import Receive
+
+from engine.batch import Append, AppendResult, Generate, GenerateResult, TokenEvent, Truncate
+from engine.engine import Engine
+from engine.errors import EngineStopped
+from engine.stats import SessionInfo
+
+T = TypeVar("T")
+
+WATCH_AFTER = 0.05  # seconds: whoever waits longer is watched; a step is answered sooner and spared the cost
+CANCEL_SECONDS = 5.0  # for generations to end, once they are told to
+
+logger = logging.getLogger("keypast.worker")
+
+
+class ReaderGone(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+class EngineWorker:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended = asyncio.Event()
+        self._stopping = False
+        self._aborting = False
+        self._generations: set[Generate] = set()
+
+    @property
+    def status(self) -> Literal["ready", "draining", "down"]:
+        if not self._thread.is_alive():
+            return "down"
+        return "draining" if self._stopping else "ready"
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuses new work; what runs or waits has `drain_seconds`, then generations are cut short, then all fails."""
+        self._stopping = True
+        self.engine.stop()
+        if await self._ends_within(drain_seconds):
+            return
+        for operation in self._generations:
+            operation.cancelled = True
+        if not await self._ends_within(CANCEL_SECONDS):
+            self._aborting = True
+            await self._ends_within(CANCEL_SECONDS)
+
+    async def append(self, operation: Append, receive: Receive) -> AppendResult:
+        """Raises what the engine raises, and ReaderGone."""
+        self.engine.submit(operation)
+        return await _answer(operation.future, receive)
+
+    async def truncate(self, operation: Truncate, receive: Receive) -> SessionInfo:
+        """Raises what the engine raises, and ReaderGone."""
+        self.engine.submit(operation)
+        return await _answer(operation.future, receive)
+
+    async def generate(
+        self, operation: Generate, render: Callable[[TokenEvent], T], receive: Receive, silence: float | None = None
+    ) -> AsyncGenerator[T | GenerateResult | None]:
+        """What `render` makes of each token (on the engine's thread), at last the result; None after every `silence`
+        seconds without either. Closing it, as a reader who leaves does, ends the generation within one token.
+
+        Raises what the engine raises, and ReaderGone.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        operation.on_token = lambda event: _tell(loop, queue.put_nowait, render(event))
+        operation.future.add_done_callback(lambda future: _tell(loop, queue.put_nowait, future))
+        self.engine.submit(operation)
+        self._generations.add(operation)
+        watch = asyncio.ensure_future(_left(receive))
+        watch.add_done_callback(queue.put_nowait)
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(silence):
+                        item = await queue.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                if item is watch:
+                    raise ReaderGone
+                if item is operation.future:
+                    yield operation.future.result()
+                    return
+                yield item
+        finally:
+            watch.cancel()
+            operation.cancelled = True
+            operation.future.cancel()
+            self._generations.discard(operation)
+
+    def _drive(self) -> None:
+        """The engine's thread."""
+        try:
+            while not (self._stopping and self.engine.idle):
+                if self._aborting:
+                    self.engine.abort(EngineStopped("the service stopped before its turn came"))
+                elif not self.engine.run_once():
+                    self.engine.wait(0.05 if self._stopping else None)
+        except BaseException:
+            logger.exception("the engine has failed; nothing runs any more")
+            self.engine.abort(EngineStopped("the engine has failed"))
+        finally:
+            assert self._loop is not None  # start() has set it
+            _tell(self._loop, self._ended.set)
+
+    async def _ends_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+async def _answer(future: Future[T], receive: Receive) -> T:
+    if future.done():
+        return future.result()
+    waiter: asyncio.Future[T] = _awaitable(future)
+    done, _ = await asyncio.wait([waiter], timeout=WATCH_AFTER)
+    if not done:
+        watch = asyncio.ensure_future(_left(receive))
+        first: list[asyncio.Future[Any]] = [waiter, watch]
+        try:
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left = not watch.cancel()
+        if left and future.cancel():
+            raise ReaderGone
+    return await waiter
+
+
+def _awaitable(future: Future[T]) -> asyncio.Future[T]:
+    """asyncio.wrap_future at half its price: the other way, from a cancelled waiter to the future, is not needed."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[T] = loop.create_future()
+
+    def deliver() -> None:
+        if waiter.done():
+            return
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled():
+            waiter.cancel()
+        elif error is not None:
+            waiter.set_exception(error)
+        else:
+            waiter.set_result(future.result())
+
+    future.add_done_callback(lambda _: _tell(loop, deliver))
+    return waiter
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
+    """On the loop, unless it has ended: then nobody is left to be told."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(callback, *arguments)

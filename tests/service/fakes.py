@@ -1,0 +1,217 @@
+"""Models that can be worked out in the head, and the service over them. No weights, no torch."""
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+import engine.text
+from engine.batch import Array, Batch, Row, RowResult
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.specs import KVSpec, ModelSpec, TensorSpec
+from keypast.wire import SAFETENSORS_TYPE, dump_tensors, encode_options, encode_tensor
+from service.lifecycle import Loaded
+from service.text import TextModel
+
+H = 4
+END = 256
+VOCABULARY = 259
+POISON = 13  # a token, or a value, that makes a batch fail
+TEMPLATE = (
+    "{% for message in messages %}<|in|>{{ message.role }}: {{ message.content }}<|out|>{% endfor %}"
+    "{% if add_generation_prompt %}<|in|>{% endif %}"
+)
+
+
+class FakeRunner:
+    """`gate` is open; close it to hold every batch. `batches` are the rows' (start, stop) of each that ran."""
+
+    def __init__(self, spec: ModelSpec, blocks: int) -> None:
+        self.spec = spec
+        self.blocks = blocks
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def run(self, batch: Batch) -> list[RowResult]:
+        self.entered.set()
+        assert self.gate.wait(20)
+        self.batches.append([(row.start, row.stop) for row in batch.rows])
+        return [self.row(row) for row in batch.rows]
+
+    def row(self, row: Row) -> RowResult:
+        raise NotImplementedError
+
+
+class FakeDecoder(FakeRunner):
+    """The token after t is `after[t]`, else t + 1. The logits of position p say so with 1.0."""
+
+    def __init__(self, blocks: int = 64, max_length: int = 100) -> None:
+        super().__init__(
+            ModelSpec(
+                name="letters",
+                kind="decoder",
+                inputs=(TensorSpec("token_ids", ("int64",), values=(0, VOCABULARY - 1)),),
+                outputs=(
+                    TensorSpec("logits", ("float32",), (VOCABULARY,), required=False),
+                    TensorSpec("top_logprobs", ("float32",), required=False),
+                    TensorSpec("next_token", ("int64",), required=False),
+                ),
+                kv=KVSpec(1, 1, 8),
+                causal=True,
+                max_length=max_length,
+                dtype="float32",
+                device="cpu",
+                fingerprint="sha256:0",
+                history="token_ids",
+                vocab_size=VOCABULARY,
+            ),
+            blocks,
+        )
+        self.after: dict[int, int] = {}
+
+    def next(self, token: int) -> int:
+        return self.after.get(token, (token + 1) % VOCABULARY)
+
+    def row(self, row: Row) -> RowResult:
+        tokens = row.input("token_ids").tolist() if row.count else []
+        if POISON in tokens:
+            raise RuntimeError("poisoned /secret/path 0x7f0000")
+        last = tokens[-1] if tokens else row.tail if row.tail is not None else (row.history or [0])[-1]
+        want, result = row.work.want, RowResult(tail=last if row.last else None)
+        if want.logits == "all":
+            result.positions["logits"] = np.stack([self.logits(token) for token in tokens])
+        if row.last and want.logits == "last":
+            result.once["logits"] = self.logits(last)[None]
+        if row.last and want.top_logprobs:
+            result.once["top_logprobs"] = [(self.next(last) + k, -float(k)) for k in range(want.top_logprobs)]
+        if row.last and want.sample is not None:
+            result.once.update(next_token=self.next(last), logprob=-0.5)
+        return result
+
+    def logits(self, token: int) -> Array:
+        logits = np.zeros(VOCABULARY, np.float32)
+        logits[self.next(token)] = 1
+        return logits
+
+
+class FakeAttention(FakeRunner):
+    """attn_out is value + position; attn_weights is the mask."""
+
+    def __init__(self, blocks: int = 64, max_length: int = 100) -> None:
+        tensor = (TensorSpec(name, ("float16", "float32"), (H,)) for name in ("query", "key", "value"))
+        mask = TensorSpec("attention_mask", ("uint8", "bool", "int32", "int64"), ("T",), required=False, values=(0, 1))
+        super().__init__(
+            ModelSpec(
+                name="echo",
+                kind="attention",
+                inputs=(*tensor, mask),
+                outputs=(
+                    TensorSpec("attn_out", ("float16", "float32"), (H,)),
+                    TensorSpec("attn_weights", ("float32",), ("T",), required=False),
+                ),
+                kv=KVSpec(1, 1, H),
+                causal=False,
+                max_length=max_length,
+                dtype="float32",
+                device="cpu",
+                fingerprint="sha256:1",
+            ),
+            blocks,
+        )
+
+    def row(self, row: Row) -> RowResult:
+        value = row.input("value")
+        if (value == POISON).any():
+            raise RuntimeError("poisoned /secret/path 0x7f0000")
+        positions = {"attn_out": value + np.arange(row.start, row.stop, dtype=value.dtype)[:, None]}
+        once = {"attn_weights": np.ones((row.count, row.stop), np.float32)} if row.work.want.need_weights else {}
+        return RowResult(positions, once)
+
+
+def byte_tokenizer() -> engine.text.Tokenizer:
+    """The token of a byte is the byte; three control tokens follow."""
+    letters = {byte: letter for letter, byte in _byte_letters().items()}
+    tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|end|>", "<|in|>", "<|out|>")])
+    return engine.text.Tokenizer(tokenizer.to_str(), TEMPLATE)
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+@dataclass
+class Kind:
+    """How to talk to one kind of model: the same test runs for each."""
+
+    model: str
+    inputs: Callable[..., dict[str, Array]]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def json(self, n: int, past: int = 0, *, rows: int = 1, poison: bool = False, **options: object) -> dict[str, Any]:
+        arrays = self.inputs(n, past, rows, poison)
+        if "token_ids" in arrays:
+            return {"token_ids": arrays["token_ids"].tolist(), **options}
+        return {**{name: encode_tensor(array, "nested") for name, array in arrays.items()}, **options}
+
+    def binary(self, n: int, past: int = 0, **options: object) -> dict[str, Any]:
+        """Keyword arguments of a request with a safetensors body."""
+        return {
+            "content": dump_tensors(self.inputs(n, past, 1, False), {}),
+            "headers": {"content-type": SAFETENSORS_TYPE},
+            "params": encode_options(options),
+        }
+
+
+def _tokens(n: int, past: int, rows: int, poison: bool) -> dict[str, Array]:
+    return {"token_ids": np.full((rows, n), POISON if poison else 97, dtype=np.int64)}
+
+
+def _tensors(n: int, past: int, rows: int, poison: bool) -> dict[str, Array]:
+    value = np.full((rows, n, H), POISON if poison else 0.5, dtype=np.float32)
+    mask = np.ones((rows, n, past + n), dtype=np.uint8)
+    return {"query": value, "key": value, "value": value, "attention_mask": mask}
+
+
+KINDS: Mapping[str, Kind] = {"decoder": Kind("letters", _tokens), "attention": Kind("echo", _tensors)}
+
+
+@dataclass
+class Fakes:
+    decoder: FakeDecoder
+    attention: FakeAttention
+    engine: Engine
+
+    @classmethod
+    def build(cls, *, blocks: int = 64, **config: Any) -> "Fakes":
+        decoder, attention = FakeDecoder(blocks), FakeAttention(blocks)
+        settings = {"block_size": 4, "token_budget": 64, **config}
+        return cls(decoder, attention, Engine([decoder, attention], EngineConfig(**settings)))
+
+    def loaded(self) -> Loaded:
+        return Loaded(self.engine, {"letters": TextModel(byte_tokenizer(), frozenset({END}))})
+
+    def runner(self, kind: Kind) -> FakeRunner:
+        return self.decoder if kind.model == "letters" else self.attention
+
+
+def nested(depth: int) -> bytes:
+    return b'{"query": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def event_data(text: str) -> list[Any]:
+    """The `data:` of each event; [DONE] stays text."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
