@@ -281,9 +281,7 @@ class Engine:
                 for work in batch.works:
                     work.alone = True
             else:
-                failed = ModelFailed(f"the model failed ({type(error).__name__}); the session is unchanged")
-                failed.__cause__ = error
-                self._fail(served, batch.works[0], failed)
+                self._fail(served, batch.works[0], _as_engine_error(error))
 
     def _book(self, served: _Served, batch: Batch, results: list[RowResult]) -> None:
         for row, result in zip(batch.rows, results, strict=True):
@@ -547,6 +545,14 @@ def _check_session(session: Session, spec: ModelSpec, block_size: int) -> None:
             raise RuntimeError(f"{session!r} passes its max_length {session.max_length}")
     if session.state is SessionState.IDLE and session.waiting:
         raise RuntimeError(f"{session!r} is idle and has {len(session.waiting)} operations waiting")
+
+
+def _as_engine_error(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    failed = ModelFailed(f"the model failed ({type(error).__name__}); the session is unchanged")
+    failed.__cause__ = error
+    return failed
 
 
 def _resolve(future: Future[Any], result: object) -> None:

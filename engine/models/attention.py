@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from engine.attention.view import KVView
 from engine.batch import Row, RowResult
+from engine.errors import InvalidInput
 from engine.layers import MultiHeadAttention
 from engine.specs import KVSpec, ModelSpec, TensorSpec
 
@@ -54,7 +55,7 @@ class AttentionModel(nn.Module):
     def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
         """attn_out in the query's dtype; attn_weights (N, n, T), or (n, T) averaged over the N heads."""
         if not torch.isfinite(hidden).all():
-            raise FloatingPointError("attn_out is not finite: keys or values overflow the past's dtype")
+            raise InvalidInput("value", f"keys or values overflow the {self.spec.kv.dtype} past; scale the inputs down")
         wide = hidden.float().cpu().numpy()
         results = []
         for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
