@@ -43,11 +43,11 @@ def resolve_url(base_url: str | None) -> str:
     """The argument, else the environment's KEYPAST_URL, else the local service. Raises ValueError: not an address."""
     url = base_url or environ.get("KEYPAST_URL") or DEFAULT_URL
     try:
-        scheme = httpx.URL(url).scheme
+        parts = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise ValueError(f"{url!r} is not an address: {error}") from None
-    if scheme not in ("http", "https"):
-        raise ValueError(f"the service's address begins with http:// or https://, not {url!r}")
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise ValueError(f"the service's address is http:// or https:// and a host, not {url!r}")
     return url
 
 
@@ -135,9 +135,8 @@ def check(response: Response) -> None:
 
 def status_error(response: Response) -> StatusError:
     problem = _problem(response)
-    retry_after = _seconds(response.headers.get("retry-after"))
-    if retry_after is not None:
-        problem = problem.model_copy(update={"retry_after": retry_after})
+    if problem.retry_after is None:
+        problem = problem.model_copy(update={"retry_after": _seconds(response.headers.get("retry-after"))})
     return from_problem(problem)
 
 

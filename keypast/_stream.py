@@ -68,12 +68,13 @@ class StreamReader:
         self._events = EventParser()
 
     def feed(self, chunk: bytes) -> Iterator[Token]:
-        """Raises what an error event says, after the tokens before it; ProtocolError for an event of no known form."""
+        """Raises what an error event says, after the tokens before it; ProtocolError for an event of no known form.
+
+        What follows `[DONE]` is read and dropped, so that the connection can be used again.
+        """
         for data in self._events.feed(chunk):
-            if data == "[DONE]":
-                self.done = True
-                return
-            token = self._event(data)
+            self.done = self.done or data == "[DONE]"
+            token = None if self.done else self._event(data)
             if token is not None:
                 yield token
 

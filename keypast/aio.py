@@ -238,7 +238,7 @@ class AsyncTokenStream(AsyncIterator[Token]):
     def __init__(self, response: httpx.Response, reader: StreamReader) -> None:
         self._response = response
         self._reader = reader
-        self._tokens = self._read()
+        self._tokens = _tokens(response, reader)
 
     async def __aenter__(self) -> Self:
         return self
@@ -257,14 +257,14 @@ class AsyncTokenStream(AsyncIterator[Token]):
         await self._tokens.aclose()
         await self._response.aclose()
 
-    async def _read(self) -> AsyncGenerator[Token, None]:
-        async with aclosing(self._response):
-            try:
-                async for chunk in self._response.aiter_bytes():
-                    for token in self._reader.feed(chunk):
-                        yield token
-                    if self._reader.done:
-                        break
-            except httpx.RequestError as error:
-                raise StreamBroken(f"the stream broke off: {error or type(error).__name__}") from error
-            self._reader.finish()
+
+async def _tokens(response: httpx.Response, reader: StreamReader) -> AsyncGenerator[Token, None]:
+    async with aclosing(response):
+        try:
+            async for chunk in response.aiter_bytes():
+                for token in reader.feed(chunk):
+                    yield token
+        except httpx.RequestError as error:
+            if not reader.done:
+                raise StreamBroken(f"the stream broke off: {str(error) or type(error).__name__}") from error
+        reader.finish()

@@ -33,6 +33,10 @@ HELP = {
     "/help": "these lines",
     "/quit": "end, and delete the sessions (Ctrl-D)",
 }
+FINISHED = {
+    "length": "[cut: --max-tokens, or the session's max_length, is reached]",
+    "cancelled": "[cut: the service is stopping]",
+}
 
 
 def advice(error: KeypastError) -> str:
@@ -173,8 +177,8 @@ class Chat:
                     self._console.out(token.text, end="", highlight=False)
                     times.append(time.perf_counter())
             self._console.out("")
-            if tokens.end is not None and tokens.end.finish_reason == ["length"]:
-                self._say("[out of room: --max-tokens, or the session's max_length]")
+            if tokens.end is not None and (why := FINISHED.get(tokens.end.finish_reason[0])):
+                self._say(why)
         except KeyboardInterrupt:
             self._console.out("")
             branch.session.refresh()

@@ -32,10 +32,12 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="A model to load; repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(help="Memory for the past, in bytes.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="For keys and values: 4GiB, or a share of the free memory: 25%.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: one a core.")] = None,
 ) -> None:
     """Start the service. What is not given comes from the environment's KEYPAST_*, else from its defaults."""
     given = {"host": host, "port": port, "dtype": dtype, "device": device, "kv_memory": kv_memory, "threads": threads}

@@ -228,7 +228,7 @@ class TokenStream(Iterator[Token]):
     def __init__(self, response: httpx.Response, reader: StreamReader) -> None:
         self._response = response
         self._reader = reader
-        self._tokens = self._read()
+        self._tokens = _tokens(response, reader)
 
     def __enter__(self) -> Self:
         return self
@@ -247,13 +247,14 @@ class TokenStream(Iterator[Token]):
         self._tokens.close()
         self._response.close()
 
-    def _read(self) -> Generator[Token, None, None]:
-        with closing(self._response):
-            try:
-                for chunk in self._response.iter_bytes():
-                    yield from self._reader.feed(chunk)
-                    if self._reader.done:
-                        break
-            except httpx.RequestError as error:
-                raise StreamBroken(f"the stream broke off: {error or type(error).__name__}") from error
-            self._reader.finish()
+
+def _tokens(response: httpx.Response, reader: StreamReader) -> Generator[Token, None, None]:
+    """A function and not a method: a cycle of references would keep a stream open that a `for` was left from."""
+    with closing(response):
+        try:
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
+        except httpx.RequestError as error:
+            if not reader.done:
+                raise StreamBroken(f"the stream broke off: {str(error) or type(error).__name__}") from error
+        reader.finish()

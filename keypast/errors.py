@@ -19,9 +19,9 @@
         ├── SessionGone            410     (`reason`)
         ├── PreconditionFailed     412     (`version`, `valid_length`: the session as it is)
         ├── Refused                429 503: not now, and nothing was applied     (`retry_after` seconds)
-        │   ├── QueueFull          429
-        │   ├── PoolExhausted      503: no blocks came free in time
-        │   └── Unavailable        503: loading, draining or down
+        │   ├── QueueFull          too many appends wait
+        │   ├── PoolExhausted      no blocks came free in time
+        │   └── Unavailable        loading, draining or down
         └── ServerError            500 and the rest
             └── ModelFailed        500: the session is as before
 
@@ -173,6 +173,7 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.LENGTH_EXCEEDED: LengthExceeded,
     Code.QUEUE_FULL: QueueFull,
     Code.POOL_EXHAUSTED: PoolExhausted,
+    Code.NOT_READY: Unavailable,
     Code.ENGINE_STOPPED: Unavailable,
     Code.MODEL_FAILED: ModelFailed,
     Code.INTERNAL: ServerError,

@@ -14,7 +14,7 @@ from keypast.chat import Speed
 from keypast.cli import app
 from keypast.schemas import Code
 
-from .fake import FakeService, problem
+from .fake import FakeService, FakeSession, problem, reply
 
 
 @pytest.fixture
@@ -131,19 +131,10 @@ def test_errors_in_one_line(run: Run, service: FakeService, answer: httpx.Respon
 
 
 def test_a_lost_session_ends_the_chat(run: Run, service: FakeService) -> None:
-    service.gone.add("s")
-    result = run("chat", "--model", "decoder", lines=("one",))
-    assert result.exit_code == 0
-    service.answers = [
-        httpx.Response(201, content=next(iter(service.requests)).content) if False else service.handle(_create())
-    ]
-    service.sessions.clear()
+    service.answers = [reply(FakeSession("lost", "decoder", [[]], 64).view(), 201)]
     result = run("chat", "--model", "decoder", lines=("one", "two"))
     assert (result.exit_code, result.stderr) == (1, "keypast: no such session; begin a new chat\n")
-
-
-def _create() -> httpx.Request:
-    return httpx.Request("POST", "http://x/v1/sessions", json={"model": "decoder"})
+    assert [request.method for request in service.requests] == ["POST", "POST", "DELETE"]
 
 
 def test_a_wrong_address(run: Run) -> None:
