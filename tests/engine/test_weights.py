@@ -324,7 +324,7 @@ def test_a_digest_is_kept_until_the_file_changes(tmp_path: Path) -> None:
 def test_the_hub_is_asked_for_safe_files_only(tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
-    def download(repo: str, **options: Any) -> str:  # noqa: ANN401  stands in for an untyped function
+    def download(repo: str, **options: Any) -> str:
         asked.update(options, repo=repo)
         return str(tmp_path / "snapshot")
 
@@ -334,7 +334,7 @@ def test_the_hub_is_asked_for_safe_files_only(tmp_path: Path) -> None:
 
 
 def test_a_failed_fetch_says_what_to_do(tmp_path: Path) -> None:
-    def offline(repo: str, **options: Any) -> str:  # noqa: ANN401
+    def offline(repo: str, **options: Any) -> str:
         raise OSError("no route to host\nand a long trace")
 
     with pytest.raises(InvalidInput, match=r"hf:ORG/NAME could not be fetched \(OSError: no route to host\); check"):
@@ -343,7 +343,7 @@ def test_a_failed_fetch_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("repo", ["NAME", "ORG/NAME/MORE", "../..", "ORG/", "ORG/NAME@", "a b/c"])
 def test_what_is_not_a_repository_name_is_not_asked_for(tmp_path: Path, repo: str) -> None:
-    def never(repo: str, **options: Any) -> str:  # noqa: ANN401
+    def never(repo: str, **options: Any) -> str:
         raise AssertionError(repo)
 
     with pytest.raises(InvalidInput, match="is not hf:ORG/NAME"):
