@@ -2,7 +2,7 @@
 
 from typing import Any, TypedDict
 
-from keypast import _protocol, schemas
+from keypast import _protocol, schemas, wire
 from keypast._protocol import AppendResult, Call
 from keypast.schemas import GenerateReply, GenerateRequest, Message, Receipt, SampleOptions, SessionView
 
@@ -150,6 +150,9 @@ class SessionCore:
         path = _protocol.session_path(self.id, "truncate")
         return _protocol.post(path, request, SessionView, self._if_match({**expectation})).then(self._seen)
 
+    def _delete(self, expectation: Expectation) -> Call[Receipt]:
+        return delete_session(self.id, self._if_match({**expectation}))
+
     def _refresh(self) -> Call[None]:
         return get_session(self.id).then(self._seen)
 
@@ -169,8 +172,9 @@ def list_sessions(filters: SessionFilter, cursor: str | None) -> Call[schemas.Se
     return _protocol.get("/v1/sessions", schemas.SessionPage, query)
 
 
-def delete_session(session_id: str) -> Call[Receipt]:
-    return Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt))
+def delete_session(session_id: str, if_match: int | None = None) -> Call[Receipt]:
+    headers = {} if if_match is None else {"If-Match": wire.etag(if_match)}
+    return Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt), headers=headers)
 
 
 READY = Call("GET", "/readyz", _protocol.parse_ready)

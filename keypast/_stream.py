@@ -108,7 +108,7 @@ def _held_back(end: StreamEnd) -> Token | None:
 
 
 def _event_error(data: str, event: dict[str, object]) -> KeypastError:
-    """A whole problem, or OpenAI's `error` member alone."""
+    """A whole problem, or OpenAI's `error` member alone; that has no status, since the reply's own was 200."""
     if "code" in event and "status" in event:
         return from_problem(wire.validated(Problem, data.encode()))
     error = wire.validated(ErrorBody, json.dumps(event["error"]).encode())

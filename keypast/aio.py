@@ -224,9 +224,9 @@ class AsyncSession(SessionCore):
         await self._client.send(self._refresh())
         return self
 
-    async def delete(self) -> Receipt:
+    async def delete(self, **expectation: Unpack[Expectation]) -> Receipt:
         """Frees every block now."""
-        return await self._client.send(_session.delete_session(self.id))
+        return await self._client.send(self._delete(expectation))
 
 
 class AsyncTokenStream(AsyncIterator[Token]):

@@ -214,9 +214,9 @@ class Session(SessionCore):
         self._client.send(self._refresh())
         return self
 
-    def delete(self) -> Receipt:
+    def delete(self, **expectation: Unpack[Expectation]) -> Receipt:
         """Frees every block now."""
-        return self._client.send(_session.delete_session(self.id))
+        return self._client.send(self._delete(expectation))
 
 
 class TokenStream(Iterator[Token]):

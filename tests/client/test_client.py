@@ -156,6 +156,7 @@ def test_expectations(client: Client, service: FakeService) -> None:
         lambda: session.generate(stream=True, if_version=1),
         lambda: session.fork(if_version=1),
         lambda: session.truncate(1, if_version=1),
+        lambda: session.delete(if_version=1),
     ):
         with pytest.raises(errors.PreconditionFailed):
             act()
