@@ -47,6 +47,7 @@ class Service:
         self._texts: Mapping[str, TextModel] = {}
         self._settled = asyncio.Event()
         self._error: BaseException | None = None
+        self._stopping = False
         self._stopped: asyncio.Task[None] | None = None
 
     @property
@@ -91,6 +92,7 @@ class Service:
 
     async def stop(self) -> None:
         """Drains, once; whoever calls it again waits for the same end."""
+        self._stopping = True  # what is loaded from now on is not started
         if self._worker is not None:
             if self._stopped is None:
                 self._stopped = asyncio.ensure_future(self._worker.stop(self.settings.drain_seconds))
@@ -103,7 +105,7 @@ class Service:
         if isinstance(outcome, BaseException):
             self._error = outcome
             self.progress = "loading failed"
-        else:
+        elif not self._stopping:
             self._texts = outcome.texts
             self._worker = EngineWorker(outcome.engine)
             self._worker.start()

@@ -1,0 +1,63 @@
+"""From settings to an engine over loaded models. torch is imported here, when the first model is asked for."""
+
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from service.lifecycle import Loaded, Progress
+from service.logs import logger
+from service.settings import Settings, parse_memory
+from service.text import TextModel
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def load_models(settings: Settings, progress: Progress) -> Loaded:
+    """Raises InvalidInput, whose message names the fault and its fix."""
+    progress("starting torch")
+    from engine.loading import LoadOptions, load_model
+
+    memory = parse_memory(settings.kv_memory, _free_memory(settings.device))
+    options = LoadOptions(
+        cache_dir=settings.cache_dir.expanduser(),
+        kv_memory=memory // len(settings.models),
+        block_size=settings.block_size,
+        dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
+        device=settings.device,
+        backend=settings.attention_backend,
+        warn=logger.warning,
+    )
+    models = {name: load_model(name, spec, options, progress) for name, spec in settings.models.items()}
+    config = EngineConfig(
+        kv_memory=memory,
+        block_size=settings.block_size,
+        max_rows=settings.max_rows,
+        token_budget=settings.token_budget,
+        max_waiting=settings.max_waiting,
+        max_waiting_per_session=settings.max_waiting_per_session,
+        wait_seconds=settings.wait_seconds,
+        max_sessions=settings.max_sessions,
+    )
+    texts = {name: TextModel(model.tokenizer) for name, model in models.items() if model.tokenizer is not None}
+    return Loaded(Engine([model.runner for model in models.values()], config), texts)
+
+
+def _free_memory(device: str) -> int:
+    """Bytes free where the keys and values will be."""
+    import torch
+
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return min(int(fields["MemAvailable"].split()[0]) * 1024, _free_in_cgroup())
+
+
+def _free_in_cgroup() -> int:
+    """What a container may still take; no limit is as good as a very high one."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        return limit - int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return 1 << 60
