@@ -301,7 +301,7 @@ class Outputs(Reply):
 
     attn_out: TensorBody | None = Field(default=None, description="(B, n, H)")
     attn_weights: TensorBody | None = Field(default=None, description="(B, n, T) averaged, else (B, N, n, T)")
-    logits: TensorBody | None = Field(default=None, description="(B, 1, V) for last, (B, n, V) for all")
+    logits: TensorBody | None = Field(default=None, description="(B, V) for last, (B, n, V) for all")
     top_logprobs: list[list[TopLogprob]] | None = Field(default=None, description="(B, k), the likeliest first")
     next_token: list[int | None] | None = Field(
         default=None, description="(B,), not appended: step with it; null for a row that appended nothing"

@@ -264,7 +264,7 @@ class FakeService:
         if options.need_weights:
             tensors["attn_weights"] = np.ones((1, 1, session.lengths[0]), np.float32)
         if options.logits != "none":
-            tensors["logits"] = np.full((len(session.rows), 1, 3), -np.inf, np.float32)
+            tensors["logits"] = np.full((len(session.rows), 3), -np.inf, np.float32)
         if options.sample is not None:
             outputs.next_token = [LOOP[0]] * len(session.rows)
             outputs.text = ["P"] * len(session.rows)
