@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 
 from engine.chat import MAX_CHARACTERS, ChatTemplate, read_messages, valid_text
+from engine.checkpoints.weights import Checkpoint
 from engine.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from engine.weights import Checkpoint
 
 _REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8, or not yet, decode to
 _HELD_TOKENS = 64  # bytes that are no character after so many tokens will not become one

@@ -13,8 +13,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.generation": ("L1", "L0"),
     "engine.store engine.scheduler": ("L2", "L0 L1"),
-    "engine.kv_pool engine.attention engine.layers engine.models engine.weights engine.kernels engine.gguf"
-    " engine.gguf_file engine.gguf_tokenizer engine.text engine.chat engine.sampling": ("L3", "L0 L1"),
+    "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
+    " engine.chat engine.sampling": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
     "engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),

@@ -56,7 +56,7 @@ class SdpaBackend:
 def probabilities(
     q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scale: float
 ) -> list[Tensor]:
-    """What `attend` weighs the values with, once the keys are written: (heads, n_r, present_length[r]) float32 a row."""
+    """What `attend` weighs the values with, once the keys are written: float32 (heads, n_r, present_length) a row."""
     q = rotate(q, rotary, inputs.positions)
     rows = []
     for row, queries in _rows(inputs):

@@ -14,7 +14,11 @@ namespace keypast::KEYPAST_VARIANT {
 constexpr int kRows = 6;        // rows per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
 constexpr int kDirectRows = 8;  // tiles up to this size convert keys and values as they read them
 constexpr int kVecs = kChunk / kLanes;
-constexpr int kAhead = 4;        // vectors of keys or values between fetching and reading
+#ifndef AHEAD
+#define AHEAD 4
+#define HINT 3
+#endif
+constexpr int kAhead = AHEAD;        // vectors of keys or values between fetching and reading
 constexpr float kMasked = -1.0f;
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -147,23 +151,32 @@ static void load_queries(const View& t, const Scratch& s) {
   }
 }
 
+// One channel of N vectors of keys against M queries.
+template <int M, int N, class T>
+KEYPAST_INLINE void score_channel(const float* q, const T* const* keys, int64_t at, Vec (&sums)[M][N]) {
+  Vec k[N];
+  KEYPAST_UNROLL for (int n = 0; n < N; ++n) k[n] = load(keys[n] + at);
+  KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+    const Vec x = set(q[m]);
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = fma(x, k[n], sums[m][n]);
+  }
+}
+
 // scores[m][16 n ..] = sum over d of q[d][m] * keys[n][d][0:16]
 template <int M, int N, bool kFetch, class T>
 KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t stride, int64_t dim, float* scores) {
+  // Channels in a cache line, or sharing one with the neighbouring vector's: n & step reaches every line either way.
+  constexpr int kStep = 4 / sizeof(T);
   Vec sums[M][N];
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = set(0.0f);
-  for (int64_t d = 0; d < dim; ++d) {
-    Vec k[N];
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
-      k[n] = load(keys[n] + d * stride);
-      if (kFetch) __builtin_prefetch(keys[n + kAhead] + d * stride);
-    }
-    KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
-      const Vec x = set(q[d * M + m]);
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = fma(x, k[n], sums[m][n]);
-    }
+  int64_t d = 0;
+  for (; d + kStep <= dim; d += kStep) {
+    if (kFetch)
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % kStep) * stride, 0, HINT);
+    KEYPAST_UNROLL for (int i = 0; i < kStep; ++i) score_channel(q + (d + i) * M, keys, (d + i) * stride, sums);
   }
+  for (; d < dim; ++d) score_channel(q + d * M, keys, d * stride, sums);
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(scores + m * kChunk + n * kLanes, sums[m][n]);
 }
@@ -193,7 +206,7 @@ KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int
     const int end = (int)least(key + kLanes, whole);
     for (; key < end; ++key, row += stride, later += stride) {
       if (kFetch)
-        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i);
+        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i, 0, HINT);
       Vec v[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) v[n] = load(row + n * kLanes);
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -228,42 +241,47 @@ static void value_group(const float* weights, const T* const* values, int64_t st
   for (; i < width; i += kLanes) value_tile<M, 1, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
 }
 
-// Turns a row's `keys` scores into weights and gives their maximum and sum; marks the lanes from there to `padding` and
-// every key whose bias is -inf as masked. Returns how many keys stand before the first masked one.
-static int soften(float* s, int keys, int padding, const float* bias, float* peak_out, float* total_out) {
-  const Vec lowest = set(kLowest), masked = set(kMasked);
-  const int vecs = keys > 0 ? (keys + kLanes - 1) / kLanes : 0;
-  Vec top = lowest;
-  for (int i = 0; i < vecs; ++i) {
-    const int lanes = keys - i * kLanes;
-    Vec x = load(s + i * kLanes);
-    if (bias) {
-      const Vec b = load(bias + i * kLanes, lanes);
-      x = hide(fma(b, set(kLog2E), x), b, lowest);
-    }
-    if (lanes < kLanes) x = first(x, lanes, lowest);
-    if (bias || lanes < kLanes) store(s + i * kLanes, x);
-    top = max(x, top);
+// Adds a row's bias; a key whose bias is -inf scores -inf, whatever it scored.
+static void add_bias(float* s, int keys, const float* bias) {
+  for (int i = 0; i < keys; i += kLanes) {
+    const Vec b = load(bias + i, keys - i);
+    store(s + i, hide(fma(b, set(kLog2E), load(s + i)), b, set(kLowest)));
   }
+}
+
+// Marks the weights of keys whose bias is -inf. Returns how many keys stand before the first of them.
+static int mark_biased(float* s, int keys, const float* bias) {
+  int whole = keys;
+  for (int i = keys - 1; i >= 0; --i)
+    if (bias[i] == kLowest) s[i] = kMasked, whole = i;
+  return whole;
+}
+
+// Turns a row's `keys` scores into weights and gives their maximum and sum; marks the keys it does not see, up to
+// `padding`. Returns how many keys stand before the first one marked.
+static int soften(float* s, int keys, int padding, const float* bias, float* peak_out, float* total_out) {
+  const int vecs = keys > 0 ? (keys + kLanes - 1) / kLanes : 0, lanes = keys - (vecs - 1) * kLanes;
+  if (bias) add_bias(s, keys, bias);
+  float* last = s + (vecs - 1) * kLanes;
+  if (vecs) store(last, first(load(last), lanes, set(kLowest)));
+  Vec top = set(kLowest);
+  for (int i = 0; i < vecs; ++i) top = max(load(s + i * kLanes), top);
   float highest = peak(top);
   if (highest == kLowest)  // every key masked, or not a number: the maximum passes over those
     for (int i = 0; i < keys; ++i)
       if (s[i] != s[i]) highest = s[i];
-  *peak_out = highest;
-  Vec total = set(0.0f);
   const bool none = highest == kLowest;
+  Vec total = set(0.0f);
   for (int i = 0; i < vecs && !none; ++i) {
-    const Vec x = load(s + i * kLanes), w = exp2(x - set(highest));
-    total = total + w;
-    store(s + i * kLanes, bias || keys < (i + 1) * kLanes ? hide(w, x, masked) : w);
+    const Vec weights = exp2(load(s + i * kLanes) - set(highest));
+    total = total + weights;
+    store(s + i * kLanes, weights);
   }
+  *peak_out = highest;
   *total_out = sum(total);
-  for (int i = none ? 0 : vecs; i * kLanes < padding; ++i) store(s + i * kLanes, masked);
-  int whole = none ? 0 : keys;
-  if (bias)
-    for (int i = 0; i < whole; ++i)
-      if (s[i] < 0) whole = i;
-  return whole;
+  if (vecs) store(last, first(load(last), lanes, set(kMasked)));
+  for (int i = none ? 0 : vecs; i * kLanes < padding; ++i) store(s + i * kLanes, set(kMasked));
+  return none ? 0 : bias ? mark_biased(s, keys, bias) : keys;
 }
 
 // Folds one chunk into what the chunks before it gave. A chunk of which a row saw nothing leaves that row as it was.
@@ -317,16 +335,18 @@ static void locate(const View& t, int64_t start, int vecs, int64_t kv_head, int6
           *v = (const T*)a.v_blocks.data + kv_head * a.v_blocks.head_stride;
   source->keys = source->order;
   source->values = source->order + vecs;
+  int64_t index = start / a.block_size, offset = start % a.block_size;
   for (int i = 0; i < vecs + kAhead; ++i) {
-    const int64_t key = start + i * kLanes, block = key < seen ? t.table[key / a.block_size] : 0;
-    const int64_t offset = key % a.block_size;
+    const int64_t block = start + i * kLanes < seen ? t.table[index] : 0;
     const T* at = k + block * a.k_blocks.block_stride + offset;
-    if (i >= vecs) {
+    if (i < vecs) {
+      source->keys[i] = at;
+      source->values[i] = v + block * a.v_blocks.block_stride + offset * t.dim;
+    } else {
       source->values[i] = at;
-      continue;
     }
-    source->keys[i] = at;
-    source->values[i] = v + block * a.v_blocks.block_stride + offset * t.dim;
+    offset += kLanes;
+    if (offset == a.block_size) offset = 0, ++index;
   }
   source->key_stride = a.block_size;
   source->value_stride = t.dim;

@@ -33,7 +33,10 @@ constexpr int64_t kTileRows = 96;           // (query, head) pairs in one tile
 constexpr int64_t kReadCost = 6;            // reading and converting one key, in rows attending to it
 constexpr int64_t kSerialCost = 1 << 10;    // key-rows under which waking a thread costs more than it saves
 constexpr int64_t kSerialFloats = 1 << 15;  // likewise for norms and gates
-constexpr int64_t kTasksPerThread = 4;      // tiles costlier than a thread's share over this are split by chunks
+#ifndef TPT
+#define TPT 4
+#endif
+constexpr int64_t kTasksPerThread = TPT;      // tiles costlier than a thread's share over this are split by chunks
 
 struct Task {
   int32_t tile, begin, end;  // chunks [begin, end)

@@ -235,21 +235,25 @@ KEYPAST_INLINE Vec hide(const Vec& x, const Vec& mask, const Vec& other) {
   return r;
 }
 
+#if defined(__AVX512F__)
+KEYPAST_INLINE float sum(const Vec& x) { return _mm512_reduce_add_ps(x.part[0]); }
+KEYPAST_INLINE float peak(const Vec& x) { return _mm512_reduce_max_ps(x.part[0]); }
+#else
 KEYPAST_INLINE float sum(const Vec& x) {  // a fixed tree
-  float a[kLanes];
-  store(a, x);
-  KEYPAST_UNROLL for (int n = kLanes / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) a[i] += a[i + n];
-  return a[0];
+  Lane folded = x.part[0];
+  KEYPAST_UNROLL for (int i = 1; i < kParts; ++i) folded += x.part[i];
+  KEYPAST_UNROLL for (int n = kWidth / 2; n; n /= 2)
+    KEYPAST_UNROLL for (int i = 0; i < n; ++i) folded[i] += folded[i + n];
+  return folded[0];
 }
-
 KEYPAST_INLINE float peak(const Vec& x) {
-  float a[kLanes];
-  store(a, x);
-  KEYPAST_UNROLL for (int n = kLanes / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
-  return a[0];
+  Lane folded = x.part[0];
+  KEYPAST_UNROLL for (int i = 1; i < kParts; ++i) folded = lane_max(folded, x.part[i]);
+  KEYPAST_UNROLL for (int n = kWidth / 2; n; n /= 2)
+    KEYPAST_UNROLL for (int i = 0; i < n; ++i) folded[i] = folded[i] > folded[i + n] ? folded[i] : folded[i + n];
+  return folded[0];
 }
+#endif
 
 template <class T>
 KEYPAST_INLINE Vec load(const T* from, int n) {  // n lanes, zeros behind

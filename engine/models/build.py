@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.attention.base import Rotary
+from engine.checkpoints.config import DecoderConfig
+from engine.checkpoints.gguf import convert, default_model
+from engine.checkpoints.weights import Checkpoint, fetch_hub
 from engine.errors import InvalidInput
-from engine.gguf import convert, default_model
 from engine.layers import MultiHeadAttention
 from engine.models.attention import AttentionModel, attention_spec
 from engine.models.base import LoadedModel, LoadOptions, Progress
-from engine.models.config import DecoderConfig
 from engine.models.decoder import DecoderModel, decoder_spec
 from engine.models.rotary import rotary_tables
 from engine.text import Tokenizer
-from engine.weights import Checkpoint, fetch_hub
 
 ATTENTION_OPTIONS = {"hidden": "512", "heads": "8", "weights": "", "seed": "0", "max_length": "32768", "dtype": "auto"}
 

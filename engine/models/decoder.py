@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from engine.attention.base import Rotary
 from engine.attention.view import KVView
 from engine.batch import Row, RowResult
+from engine.checkpoints.config import DecoderConfig
 from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm
-from engine.models.config import DecoderConfig
 from engine.sampling import draw
 from engine.specs import KVSpec, ModelSpec, TensorSpec
 

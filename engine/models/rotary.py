@@ -7,8 +7,8 @@ import math
 
 import torch
 
+from engine.checkpoints.config import DecoderConfig, RopeScaling
 from engine.errors import InvalidInput
-from engine.models.config import DecoderConfig, RopeScaling
 
 
 def rotary_tables(config: DecoderConfig, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

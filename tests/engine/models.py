@@ -13,11 +13,11 @@ from torch import Tensor
 from engine.attention import choose
 from engine.attention.base import Backend
 from engine.batch import Append, Generate, Truncate, Want
+from engine.checkpoints.weights import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.models.build import load_decoder
 from engine.runner import ModelRunner
-from engine.weights import Checkpoint
 
 CACHE = Path.home() / ".cache" / "keypast"  # the built kernels: what `make install` leaves there
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoints.config import KNOWN_ARCHITECTURES, DecoderConfig, RopeScaling
 from engine.errors import InvalidInput
-from engine.models.config import KNOWN_ARCHITECTURES, DecoderConfig, RopeScaling
 from engine.models.rotary import rotary_tables
 
 LLAMA: dict[str, Any] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import gguf as subject
+from engine.checkpoints import gguf as subject
+from engine.checkpoints.gguf import default_model
 from engine.errors import InvalidInput
-from engine.gguf import default_model
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

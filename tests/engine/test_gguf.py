@@ -12,10 +12,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from engine.checkpoints.gguf import convert, default_model
+from engine.checkpoints.weights import Checkpoint
 from engine.errors import InvalidInput
-from engine.gguf import convert, default_model
 from engine.models.rotary import rotary_tables
-from engine.weights import Checkpoint
 from tests.engine.gguf_files import (
     HEAD_DIM,
     HEADS,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.checkpoints.gguf import convert
+from engine.checkpoints.gguf_file import GGUFFile
 from engine.errors import InvalidInput
-from engine.gguf import convert
-from engine.gguf_file import GGUFFile
 from tests.engine.gguf_files import random_weights, write
 
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from engine.gguf import convert
-from engine.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
-from engine.weights import Checkpoint
+from engine.checkpoints.gguf import convert
+from engine.checkpoints.gguf_tokenizer import PRE_TOKENIZERS, build_tokenizer
+from engine.checkpoints.weights import Checkpoint
 from tests.engine.gguf_files import TEXT_KEYS, random_weights, write
 
 

@@ -345,8 +345,8 @@ def test_a_model_without_a_template_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Path]:
-    from engine.gguf import convert, default_model
-    from engine.weights import Checkpoint
+    from engine.checkpoints.gguf import convert, default_model
+    from engine.checkpoints.weights import Checkpoint
 
     cache = tmp_path_factory.mktemp("models")
     checkpoint = Checkpoint.open(convert(default_model(cache), cache), cache)

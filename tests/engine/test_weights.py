@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.checkpoints.weights import Checkpoint, fetch_hub, file_digest, tensor_shapes, write_atomically
 from engine.errors import InvalidInput
-from engine.weights import Checkpoint, fetch_hub, file_digest, tensor_shapes, write_atomically
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,

@@ -25,15 +25,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from engine.checkpoints.config import DecoderConfig
 from engine.errors import InvalidInput
-
-if TYPE_CHECKING:
-    from engine.models.config import DecoderConfig
 
 _FLOATS = ("F32", "F16", "BF16")
 _JSON_BYTES = 16 * 2**20  # an index of a very large model is 1 MB
@@ -109,7 +107,6 @@ class Checkpoint:
         `fingerprint` is the sha256 of config.json and of every weight file's content. With a `cache_dir` a file is
         hashed once and its digest kept (see `file_digest`); without one each start reads every byte.
         """
-        from engine.models.config import DecoderConfig  # the package's builders import this module
 
         config_path = path / "config.json"
         generation_path = path / "generation_config.json"

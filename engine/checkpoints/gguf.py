@@ -1,4 +1,4 @@
-"""A `.gguf` file turned, once, into the directory `engine.weights` reads; and the model that is served by default.
+"""A `.gguf` file turned, once, into a directory that `weights` reads; and the model served by default.
 
     cache_dir/models/<sha256 of the file>-<FORMAT>/
         config.json    generation_config.json    tokenizer.json    tokenizer_config.json
@@ -6,7 +6,7 @@
 
 The directory appears whole or not at all: it is written beside its place and renamed, so two processes may convert the
 same file at once and the later one takes the earlier one's. A warm call costs one stat: the file's digest is kept under
-its size, mtime and inode (`engine.weights.file_digest`). FORMAT counts this module's changes that change its output.
+its size, mtime and inode (`weights.file_digest`). FORMAT counts this module's changes that change its output.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.checkpoints.config import DecoderConfig
+from engine.checkpoints.gguf_config import ROPE_FACTORS, hub_config
+from engine.checkpoints.gguf_file import GGUFFile
+from engine.checkpoints.gguf_tokenizer import build_tokenizer, special_id, tokenizer_config
+from engine.checkpoints.weights import file_digest, stored_shapes
 from engine.errors import InvalidInput
-from engine.gguf_config import ROPE_FACTORS, hub_config
-from engine.gguf_file import GGUFFile
-from engine.gguf_tokenizer import build_tokenizer, special_id, tokenizer_config
-from engine.weights import file_digest, stored_shapes
-
-if TYPE_CHECKING:
-    from engine.models.config import DecoderConfig
 
 Progress = Callable[[str], None]
 
@@ -81,7 +79,6 @@ _GPT2_LAYER = {
 
 def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: None) -> Path:
     """The directory of `path`'s model, converted now unless it is there. Raises InvalidInput("model", ...)."""
-    from engine.models.config import DecoderConfig  # the package's builders import this module
 
     if not path.is_file():
         raise InvalidInput("model", f"{path} is not a file")

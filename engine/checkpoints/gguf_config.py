@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.checkpoints.gguf_file import GGUFFile
 from engine.errors import InvalidInput
-from engine.gguf_file import GGUFFile
 
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor per frequency
 
