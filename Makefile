@@ -1,0 +1,66 @@
+# Two commands: `make serve` and `make test`. Everything lives in .venv; a second run installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# The exact torch that was tested. Where the default index would bring CUDA libraries that you do not want, say
+# make serve TORCH="torch==2.13.0 --index-url <your CPU index>".
+TORCH ?= torch==2.13.0
+
+.PHONY: help serve install test test-slow check format bench clean
+
+help:
+	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
+	@echo "make test       install what tests need, run the fast suite (make test-slow: the rest)"
+	@echo "make check      format, lint, types, import layers"
+	@echo "make bench      the benchmarks of this machine, last line JSON each"
+
+serve: $(VENV)/.server
+	@exec $(BIN)/keypast serve
+
+install: $(VENV)/.server
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow --timeout=900
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.server
+	$(BIN)/python -m benchmarks.engine_step
+	$(BIN)/python -m benchmarks.http_step
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/pip:
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: constraints.txt | $(BIN)/pip
+	@echo "installing torch (once; about 200 MB for the CPU)"
+	@$(PIP) install -c constraints.txt $(TORCH)
+	@touch $@
+
+$(VENV)/.server: pyproject.toml constraints.txt $(wildcard engine/kernels/*.cpp engine/kernels/*.h) | $(VENV)/.torch
+	@echo "installing keypast[server]"
+	@$(PIP) install -c constraints.txt -e '.[server]'
+	@echo "building the CPU kernels (once; some 20 s)"
+	@$(BIN)/python -m engine.kernels.build || echo "WARNING: no native kernels; attention will run on the slow path"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.server
+	@echo "installing what tests and checks need"
+	@$(PIP) install -c constraints.txt -e '.[server,dev]'
+	@touch $@
