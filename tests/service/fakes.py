@@ -29,7 +29,8 @@ TEMPLATE = (
 
 
 class FakeRunner:
-    """`gate` is open; close it to hold every batch. `batches` are the rows' (start, stop) of each that ran."""
+    """`gate` is open; close it to hold every batch. `batches` are the rows' (start, stop) of each that ran; `broken`
+    is raised instead of the next."""
 
     def __init__(self, spec: ModelSpec, blocks: int) -> None:
         self.spec = spec
@@ -37,11 +38,14 @@ class FakeRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
+        self.broken: BaseException | None = None
         self.batches: list[list[tuple[int, int]]] = []
 
     def run(self, batch: Batch) -> list[RowResult]:
         self.entered.set()
         assert self.gate.wait(20)
+        if self.broken is not None:
+            raise self.broken
         self.batches.append([(row.start, row.stop) for row in batch.rows])
         return [self.row(row) for row in batch.rows]
 
@@ -50,7 +54,7 @@ class FakeRunner:
 
 
 class FakeDecoder(FakeRunner):
-    """The token after t is `after[t]`, else t + 1. The logits of position p say so with 1.0."""
+    """The token after t is `after[t]`, else t + 1; the logits say so with 1.0. Keeps what it was fed, and the seeds."""
 
     def __init__(self, blocks: int = 64, max_length: int = 100) -> None:
         super().__init__(
@@ -75,6 +79,8 @@ class FakeDecoder(FakeRunner):
             blocks,
         )
         self.after: dict[int, int] = {}
+        self.fed: list[list[int]] = []
+        self.seeds: list[int] = []
 
     def next(self, token: int) -> int:
         return self.after.get(token, (token + 1) % VOCABULARY)
@@ -83,6 +89,7 @@ class FakeDecoder(FakeRunner):
         tokens = row.input("token_ids").tolist() if row.count else []
         if POISON in tokens:
             raise RuntimeError("poisoned /secret/path 0x7f0000")
+        self.fed.append(tokens)
         last = tokens[-1] if tokens else row.tail if row.tail is not None else (row.history or [0])[-1]
         want, result = row.work.want, RowResult(tail=last if row.last else None)
         if want.logits == "all":
@@ -92,6 +99,7 @@ class FakeDecoder(FakeRunner):
         if row.last and want.top_logprobs:
             result.once["top_logprobs"] = [(self.next(last) + k, -float(k)) for k in range(want.top_logprobs)]
         if row.last and want.sample is not None:
+            self.seeds.append(want.sample.seed)
             result.once.update(next_token=self.next(last), logprob=-0.5)
         return result
 
