@@ -16,25 +16,35 @@ from rich.console import Console
 from engine.errors import EngineError
 from service import logs
 from service.app import create_app
-from service.lifecycle import Service
+from service.lifecycle import Load, Service
 from service.loader import load_models
 from service.settings import Settings, SettingsError, read_settings
 
 REPLIES_SECONDS = 5  # after the drain, for what is answered to reach its readers
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
+_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
 
 def main() -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         settings = read_settings()
-        listener = _listen(settings.host, settings.port)
-    except (SettingsError, OSError) as error:
-        console.print(f"keypast: {error}", markup=False)
+    except SettingsError as error:
+        _complain(error)
         sys.exit(1)
-    logs.configure(settings.log_level)
     _set_threads(settings)
-    app = create_app(partial(load_models, settings), settings)
+    sys.exit(serve(partial(load_models, settings), settings))
+
+
+def serve(load: Load, settings: Settings) -> int:
+    """Until a signal; returns the exit code."""
+    logs.configure(settings.log_level)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        _complain(error)
+        return 1
+    app = create_app(load, settings)
     config = uvicorn.Config(
         app,
         http="httptools",
@@ -46,8 +56,7 @@ def main() -> None:
     )
     service: Service = app.state.service
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_serve(_Server(config, service), listener, service, console))
-    sys.exit(code)
+        return runner.run(_run(_Server(config, service), listener, service))
 
 
 class _Server(uvicorn.Server):
@@ -80,36 +89,40 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-async def _serve(server: _Server, listener: socket.socket, service: Service, console: Console) -> int:
+async def _run(server: _Server, listener: socket.socket, service: Service) -> int:
     serving = asyncio.ensure_future(server.serve([listener]))
     loading = asyncio.ensure_future(service.loaded())
-    await _show_progress([serving, loading], service, console)
+    await _show_progress([serving, loading], service)
     if loading.done() and (error := loading.exception()) is not None:
         server.should_exit = True
         await serving
         if not isinstance(error, EngineError):
             raise error
-        console.print(f"keypast: {error}", markup=False)
+        _complain(error)
         return 1
     if loading.done():
-        console.print(_welcome(service, _address(listener)), markup=False)
+        _console.print(_welcome(service, _address(listener)), markup=False)
     await serving
     loading.cancel()
     return 0
 
 
-async def _show_progress(ends: list[asyncio.Future[None]], service: Service, console: Console) -> None:
+async def _show_progress(ends: list[asyncio.Future[None]], service: Service) -> None:
     """Until one of them ends: a live line on a terminal, else a line for each thing that is begun."""
     shown = ""
-    with console.status("starting") if console.is_terminal else contextlib.nullcontext() as status:
+    with _console.status("starting") if _console.is_terminal else contextlib.nullcontext() as status:
         while not any(end.done() for end in ends):
             if service.progress != shown:
                 shown = service.progress
                 if status is None:
-                    console.print(shown, markup=False)
+                    _console.print(shown, markup=False)
                 else:
                     status.update(shown)
             await asyncio.wait(ends, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _complain(error: BaseException) -> None:
+    _console.print(f"keypast: {error}", markup=False)
 
 
 def _welcome(service: Service, address: str) -> str:

@@ -119,8 +119,8 @@ def read_settings() -> Settings:
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):
-            key = ".".join(str(part) for part in problem["loc"])
-            meant = Settings.model_fields[key].description if key in Settings.model_fields else "no such setting"
+            key = str(problem["loc"][0])
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{PREFIX}{key.upper()}={problem['input']!s}: {message} ({meant})")
+            meant = Settings.model_fields[key].description
+            lines.append(f"{PREFIX}{key.upper()}={problem['input']}: {message} ({meant})")
         raise SettingsError("\n".join(lines)) from None

@@ -30,7 +30,7 @@ TEMPLATE = (
 
 class FakeRunner:
     """`gate` is open; close it to hold every batch. `batches` are the rows' (start, stop) of each that ran; `broken`
-    is raised instead of the next."""
+    is raised instead of the next; `before_each` is called first."""
 
     def __init__(self, spec: ModelSpec, blocks: int) -> None:
         self.spec = spec
@@ -38,10 +38,22 @@ class FakeRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
+        self.held = threading.Event()
+        self._holds_in = 0
+        self.before_each: Callable[[], object] = bool
         self.broken: BaseException | None = None
         self.batches: list[list[tuple[int, int]]] = []
 
+    def hold(self, batch: int) -> None:
+        """Closes the gate at the so-manieth batch from now, and sets `held` there."""
+        self._holds_in = batch
+
     def run(self, batch: Batch) -> list[RowResult]:
+        self.before_each()
+        self._holds_in -= 1
+        if self._holds_in == 0:
+            self.gate.clear()
+            self.held.set()
         self.entered.set()
         assert self.gate.wait(20)
         if self.broken is not None:

@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import threading
 
 import pytest
 
-from engine.batch import Batch, RowResult
 from tests.service.conftest import Running, Start, until
-from tests.service.fakes import KINDS, FakeDecoder, Kind
+from tests.service.fakes import KINDS, Kind
 from tests.service.raw_client import RawRequest
 
 pytestmark = pytest.mark.anyio
@@ -105,35 +103,17 @@ async def test_a_reader_who_leaves_amid_the_body_changes_nothing(running: Runnin
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_generation_ends_when_its_reader_leaves(running: Running, stream: bool) -> None:
     session_id = await running.prefilled(DECODER, 3)
-    decoder = running.fakes.decoder
-    slow = SlowSteps(decoder, 3)
+    running.fakes.decoder.hold(3)
     body = {"max_tokens": 90, "stream": stream}
     request = RawRequest(running.app, f"/v1/sessions/{session_id}/generate", body)
-    await asyncio.to_thread(slow.reached.wait)
+    await asyncio.to_thread(running.fakes.decoder.held.wait)
     request.leave()
     await request.task
-    slow.go_on.set()
+    running.fakes.decoder.gate.set()
     await until(lambda: running.fakes.engine.idle)
     session = running.fakes.engine.session(session_id)
     assert (session.state, session.valid_length[0]) in [("idle", 5), ("idle", 6)]
     assert (request.body.count(b"data:") > 0) == stream
-
-
-class SlowSteps:
-    """Stops a decoder at its `at`-th batch from now until told to go on."""
-
-    def __init__(self, decoder: FakeDecoder, at: int) -> None:
-        self.reached, self.go_on = threading.Event(), threading.Event()
-        self._left = at
-        self._run = decoder.run
-        decoder.run = self.run  # type: ignore[method-assign]
-
-    def run(self, batch: Batch) -> list[RowResult]:
-        self._left -= 1
-        if self._left == 0:
-            self.reached.set()
-            assert self.go_on.wait(20)
-        return self._run(batch)
 
 
 async def test_drain_finishes_what_runs_and_refuses_what_is_new(running: Running, kind: Kind) -> None:
@@ -165,13 +145,13 @@ async def test_drain_finishes_what_runs_and_refuses_what_is_new(running: Running
 async def test_drain_cuts_generations_short(start: Start, stream: bool) -> None:
     running = await start(settings={"drain_seconds": 0.05})
     session_id = await running.prefilled(DECODER, 3)
-    slow = SlowSteps(running.fakes.decoder, 3)
+    running.fakes.decoder.hold(3)
     body = {"max_tokens": 90, "stream": stream}
     generation = asyncio.create_task(running.client.post(f"/v1/sessions/{session_id}/generate", json=body))
-    await asyncio.to_thread(slow.reached.wait)
+    await asyncio.to_thread(running.fakes.decoder.held.wait)
     stop = asyncio.create_task(running.service.stop())
     await asyncio.sleep(0.1)
-    slow.go_on.set()
+    running.fakes.decoder.gate.set()
     reply = await generation
     await stop
     assert reply.status_code == 200

@@ -1,0 +1,21 @@
+"""The real server over fake models, as a process of its own: python -m tests.e2e.fake_service."""
+
+import sys
+import time
+
+from service.__main__ import serve
+from service.settings import read_settings
+from tests.service.fakes import Fakes
+
+STEP = 0.3  # seconds a batch takes
+
+
+def main() -> int:
+    fakes = Fakes.build()
+    for runner in (fakes.decoder, fakes.attention):
+        runner.before_each = lambda: time.sleep(STEP)
+    return serve(lambda progress: fakes.loaded(), read_settings())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What the environment says, and what is said of a bad value."""
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import PREFIX, Settings, SettingsError, parse_memory, read_settings
+
+
+def test_defaults_serve_both_kinds_to_this_machine_only() -> None:
+    settings = Settings()
+    assert (settings.host, settings.port, settings.max_body_bytes) == ("127.0.0.1", 8000, 64 << 20)
+    assert settings.models == {"smollm2-135m": "default", "attention": "attention:hidden=512,heads=8"}
+    assert settings.cache_dir == Path("~/.cache/keypast")
+
+
+def test_every_setting_is_documented() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "models"),
+    [
+        ("a=default", {"a": "default"}),
+        ("a=x.gguf  b=attention:hidden=8,heads=2", {"a": "x.gguf", "b": "attention:hidden=8,heads=2"}),
+        ('{"a": "hf:org/name@main"}', {"a": "hf:org/name@main"}),
+    ],
+)
+def test_models(monkeypatch: pytest.MonkeyPatch, text: str, models: dict[str, str]) -> None:
+    monkeypatch.setenv("KEYPAST_MODELS", text)
+    assert read_settings().models == models
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [
+        ("PORT", "99999", "port to listen on"),
+        ("PORT", "http", "port to listen on"),
+        ("MODELS", "smollm2", "NAME=SPEC"),
+        ("MODELS", "a=b a=c", "named twice"),
+        ("MODELS", "", "NAME=SPEC"),
+        ("MODELS", '{"a": 1}', "NAME=SPEC"),
+        ("MODELS", '{"a"', "JSON"),
+        ("MODELS", "a:b=c", "letters"),
+        ("KV_MEMORY", "lots", "4GiB"),
+        ("KV_MEMORY", "200%", "95%"),
+        ("KV_MEMORY", "1K", "1MiB"),
+        ("DTYPE", "int8", "float16"),
+        ("LOG_LEVEL", "loud", "warning"),
+        ("DRAIN_SECONDS", "-1", "SIGTERM"),
+    ],
+)
+def test_a_bad_value_names_its_key_and_the_fix(
+    monkeypatch: pytest.MonkeyPatch, key: str, value: str, hint: str
+) -> None:
+    monkeypatch.setenv(PREFIX + key, value)
+    with pytest.raises(SettingsError) as refused:
+        read_settings()
+    assert str(refused.value).startswith(f"{PREFIX}{key}")
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1048576", 1 << 20),
+        ("4GiB", 4 << 30),
+        ("4g", 4 << 30),
+        ("1.5 GiB", 3 << 29),
+        ("500MB", 500_000_000),
+        ("2048 KiB", 2 << 20),
+        ("25%", 25 << 20),
+    ],
+)
+def test_memory(text: str, size: int) -> None:
+    assert parse_memory(text, available=100 << 20) == size
