@@ -1,170 +1,27 @@
-"""Starts the service: `python -m service`, or `keypast serve`. Exit code 0 after a drain, 1 when it cannot serve."""
+"""Starts the service: `python -m service`, or `keypast serve`."""
 
-import asyncio
-import contextlib
 import os
-import signal
-import socket
 import sys
-from collections.abc import Iterator
 from functools import partial
 
-import uvicorn
-import uvloop
-from rich.console import Console
-
-from engine.errors import EngineError
-from service import logs
-from service.app import create_app
-from service.lifecycle import Load, Service
-from service.loader import load_models
 from service.settings import Settings, SettingsError, read_settings
-
-REPLIES_SECONDS = 5  # after the drain, for what is answered to reach its readers
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     try:
         settings = read_settings()
     except SettingsError as error:
-        _complain(error)
-        sys.exit(1)
+        sys.exit(f"keypast: {error}")
     _set_threads(settings)
+    from service.loader import load_models
+    from service.server import serve
+
     sys.exit(serve(partial(load_models, settings), settings))
 
 
-def serve(load: Load, settings: Settings) -> int:
-    """Until a signal; returns the exit code."""
-    logs.configure(settings.log_level)
-    try:
-        listener = _listen(settings.host, settings.port)
-    except OSError as error:
-        _complain(error)
-        return 1
-    app = create_app(load, settings)
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=REPLIES_SECONDS,
-    )
-    service: Service = app.state.service
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_run(_Server(config, service), listener, service))
-
-
-class _Server(uvicorn.Server):
-    """Drains at the first signal, while new work is still answered with 503; leaves at once at the second."""
-
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
-        super().__init__(config)
-        self._service = service
-        self._draining: asyncio.Task[None] | None = None
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._on_signal)
-        try:
-            yield
-        finally:
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
-
-    def _on_signal(self) -> None:
-        if self._draining is None:
-            self._draining = asyncio.ensure_future(self._drain())
-        else:
-            os._exit(1)
-
-    async def _drain(self) -> None:
-        await self._service.stop()
-        self.should_exit = True
-
-
-async def _run(server: _Server, listener: socket.socket, service: Service) -> int:
-    serving = asyncio.ensure_future(server.serve([listener]))
-    loading = asyncio.ensure_future(service.loaded())
-    await _show_progress([serving, loading], service)
-    if loading.done() and (error := loading.exception()) is not None:
-        server.should_exit = True
-        await serving
-        if not isinstance(error, EngineError):
-            raise error
-        _complain(error)
-        return 1
-    if loading.done():
-        _console.print(_welcome(service, _address(listener)), markup=False)
-    await serving
-    loading.cancel()
-    return 0
-
-
-async def _show_progress(ends: list[asyncio.Future[None]], service: Service) -> None:
-    """Until one of them ends: a live line on a terminal, else a line for each thing that is begun."""
-    shown = ""
-    with _console.status("starting") if _console.is_terminal else contextlib.nullcontext() as status:
-        while not any(end.done() for end in ends):
-            if service.progress != shown:
-                shown = service.progress
-                if status is None:
-                    _console.print(shown, markup=False)
-                else:
-                    status.update(shown)
-            await asyncio.wait(ends, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
-
-
-def _complain(error: BaseException) -> None:
-    _console.print(f"keypast: {error}", markup=False)
-
-
-def _welcome(service: Service, address: str) -> str:
-    specs = service.engine.specs
-    speaks = next((name for name, spec in specs.items() if spec.history is not None), None)
-    name = speaks or next(iter(specs))
-    act = (
-        "s.prefill(text='The capital of France is'); print(s.generate(max_tokens=8).outputs.text)"
-        if speaks
-        else "print(s)"
-    )
-    python = f"import keypast; s = keypast.Client('{address}').sessions.create('{name}'); {act}"
-    body = f'{{"model": "{name}"}}'
-    return (
-        f"keypast serves {', '.join(specs)} on {address} (reference: {address}/docs)\n"
-        f"try  curl --json '{body}' {address}/v1/sessions\n"
-        f'or   python -c "{python}"'
-    )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before anything is loaded. Raises OSError that says what to change."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot listen on {host} port {port}: {reason}; set KEYPAST_HOST or KEYPAST_PORT") from error
-    listener.set_inheritable(True)
-    return listener
-
-
-def _address(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def _set_threads(settings: Settings) -> None:
-    """Must run before torch is imported: its OpenMP reads this once. An operator's own setting stays.
+    """Must run before torch is imported, whose OpenMP reads this once; hence the imports above. An operator's own wait
+    policy stays.
 
     Threads that wait spin by default; beside an event loop on the same cores that costs a time slice a parallel region.
     """

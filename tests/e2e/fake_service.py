@@ -3,7 +3,7 @@
 import sys
 import time
 
-from service.__main__ import serve
+from service.server import serve
 from service.settings import read_settings
 from tests.service.fakes import Fakes
 
