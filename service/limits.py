@@ -8,25 +8,23 @@ from starlette.requests import ClientDisconnect
 
 from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, UnsupportedMediaError, is_safetensors, validated
 from service.errors import BodyTooLarge
-from service.lifecycle import service_of
 from service.worker import ReaderGone
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_json(request: Request, model: type[Model]) -> Model:
+async def read_json(request: Request, model: type[Model], limit: int) -> Model:
     """A body that can only be JSON. Raises WireError and its children, BodyTooLarge, ReaderGone."""
     if is_safetensors(request.headers.get("content-type")):
         raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for prefill and step; send {JSON_TYPE}")
-    return validated(model, await read_body(request))
+    return validated(model, await read_body(request, limit))
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
     """Refuses a longer body before reading it when its length is declared, else at the byte that is too many.
 
     Raises BodyTooLarge, ReaderGone.
     """
-    limit = service_of(request).settings.max_body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(limit)

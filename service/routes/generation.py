@@ -35,7 +35,7 @@ async def generate(request: Request, session_id: str, tenant: Tenant) -> Respons
     """Draws tokens and appends them; every token is a commit."""
     service = service_of(request)
     expected = parse_if_match(request.headers.get("if-match"))
-    wanted = await read_json(request, GenerateRequest)
+    wanted = await read_json(request, GenerateRequest, service.settings.max_body_bytes)
     session = service.engine.session(session_id, tenant)
     run = _Run(service, request, wanted, session, expected)
     return await (run.stream() if wanted.stream else run.reply())

@@ -41,7 +41,7 @@ async def prefill(request: Request, session_id: str, tenant: Tenant) -> Response
 async def _append(request: Request, session_id: str, tenant: str, kind: type[AppendRequest]) -> Response:
     service = service_of(request)
     worker = service.worker
-    body = await read_body(request)
+    body = await read_body(request, service.settings.max_body_bytes)
     read = await _coded(len(body), lambda: _read(service, request, session_id, tenant, kind, body))
     result = await worker.append(read.operation, request.receive)
     form = reply_form(read.form, request.headers.get("accept"))

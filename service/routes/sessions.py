@@ -43,8 +43,9 @@ _LOCATION = {"Location": {"description": "The session's address.", "schema": {"t
 )
 async def create_session(request: Request, tenant: Tenant) -> Response:
     """An empty session."""
-    wanted = await read_json(request, CreateSession)
-    info = service_of(request).engine.create_session(
+    service = service_of(request)
+    wanted = await read_json(request, CreateSession, service.settings.max_body_bytes)
+    info = service.engine.create_session(
         wanted.model,
         tenant=tenant,
         session_id=wanted.id,
@@ -104,8 +105,9 @@ async def delete_session(request: Request, session_id: str, tenant: Tenant) -> R
 )
 async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Children that share the session's blocks until one of them writes."""
-    wanted = await read_json(request, ForkRequest)
-    engine = service_of(request).engine
+    service = service_of(request)
+    wanted = await read_json(request, ForkRequest, service.settings.max_body_bytes)
+    engine = service.engine
     parent = _matched(request, engine, session_id, tenant)
     # lengths that were checked stay the children's, also if an append commits between the check and the fork
     at = wanted.at if wanted.at is not None or parent is None else parent.valid_length
@@ -123,10 +125,11 @@ async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Res
 )
 async def truncate_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Back to an earlier length, as if what came after it had never been."""
-    wanted = await read_json(request, TruncateRequest)
+    service = service_of(request)
+    wanted = await read_json(request, TruncateRequest, service.settings.max_body_bytes)
     expected = parse_if_match(request.headers.get("if-match"))
     operation = Truncate(session_id, wanted.length, tenant, expected_version=expected)
-    return _session_response(await service_of(request).worker.truncate(operation, request.receive))
+    return _session_response(await service.worker.truncate(operation, request.receive))
 
 
 def _matched(request: Request, engine: Engine, session_id: str, tenant: str) -> SessionInfo | None:
