@@ -48,6 +48,7 @@ class Want:
     logits: Literal["none", "last", "all"] = "none"
     top_logprobs: int = 0
     sample: Sample | None = None
+    logprob: bool = False  # of the token drawn
     need_weights: bool = False
     average_attn_weights: bool = True
 
@@ -98,7 +99,7 @@ class TokenEvent:
     """One committed position of a generation. A row that appended nothing this turn has None."""
 
     token_ids: list[int | None]
-    logprobs: list[float | None]
+    logprobs: list[float | None]  # None too where they were not asked for
     past_length: list[int]
     valid_length: list[int]
     version: int
@@ -132,6 +133,7 @@ class Generate:
     max_tokens: int
     tenant: str = ""
     sample: Sample = Sample()
+    logprobs: bool = False
     stop_ids: frozenset[int] = frozenset()
     stop: Callable[[int, int], bool] | None = None
     on_token: Callable[[TokenEvent], None] | None = None

@@ -28,7 +28,7 @@ class Generation:
 
     @property
     def want(self) -> Want:
-        return Want(sample=self.operation.sample)
+        return Want(sample=self.operation.sample, logprob=self.operation.logprobs)
 
     def draw(self, outputs: dict[str, Any]) -> None:
         """Takes the tokens that a turn drew, and ends the rows that stop before theirs."""
@@ -45,7 +45,7 @@ class Generation:
                 self._reasons[row] = "cancelled"
             else:
                 self._drawn[row] = token
-                self._drawn_logprobs[row] = outputs["logprob"][row]
+                self._drawn_logprobs[row] = outputs["logprob"][row] if self.operation.logprobs else None
 
     @property
     def new(self) -> list[int]:
@@ -65,11 +65,10 @@ class Generation:
             if token is None:
                 continue
             past[row] -= 1
-            logprob = self._drawn_logprobs[row]
-            assert logprob is not None
-            logprobs[row] = logprob
             self._tokens[row].append(token)
-            self._logprobs[row].append(logprob)
+            logprob = logprobs[row] = self._drawn_logprobs[row]
+            if logprob is not None:
+                self._logprobs[row].append(logprob)
         return TokenEvent(list(self._drawn), logprobs, past, self._session.valid_length, self._session.version)
 
     @property

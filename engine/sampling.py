@@ -16,9 +16,14 @@ def draw(
 ) -> Tensor:
     """Token ids (R,) int64 from logits (R, V) float32; `histories`, each row's ids so far; `keys`, (row, position)."""
     if all(sample.temperature == 0 and sample.repetition_penalty == 1 for sample in samples):
-        return logits.argmax(-1)
+        return _argmax(logits)
     rows = zip(logits, samples, histories, keys, strict=True)
     return torch.stack([_draw_one(row, sample, history, key) for row, sample, history, key in rows])
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """numpy's is eight times faster than torch's on a CPU."""
+    return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 def _draw_one(logits: Tensor, sample: Sample, history: Tensor, key: tuple[int, int]) -> Tensor:

@@ -99,7 +99,9 @@ class FakeRunner:
             running = np.cumsum(past)[row.start : row.stop].astype(np.float32)
             result.positions["attn_out"] = np.repeat(running[:, None], 4, axis=1)
         if row.last and row.work.want.sample is not None:
-            result.once.update(next_token=next_token(past), logprob=-0.5)
+            result.once["next_token"] = next_token(past)
+            if row.work.want.logprob:
+                result.once["logprob"] = -0.5
         return result
 
 

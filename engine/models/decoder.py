@@ -99,9 +99,11 @@ class DecoderModel(nn.Module):
                 [_history(row) for row in chosen],
                 [(row.index, row.stop) for row in chosen],
             )
-            logprobs = at.gather(-1, tokens[:, None])[:, 0] - at.logsumexp(-1)
-            for index, token, logprob in zip(drawing, tokens.tolist(), logprobs.tolist(), strict=True):
-                results[index].once.update(next_token=token, logprob=logprob)
+            for index, token in zip(drawing, tokens.tolist(), strict=True):
+                results[index].once["next_token"] = token
+                if rows[index].work.want.logprob:
+                    own = logits[index]
+                    results[index].once["logprob"] = float(own[token] - own.logsumexp(-1))
         for row, own, result in zip(rows, logits, results, strict=True):
             if row.work.want.logits == "last":
                 result.once["logits"] = own.cpu().numpy()

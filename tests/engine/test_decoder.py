@@ -156,7 +156,7 @@ def test_generate_is_greedy_decoding(checkpoints: dict[str, tuple[Any, Path]], l
 
 def test_outputs_are_given_as_asked(llama: Served) -> None:
     session = llama.open()
-    everything = llama.tokens(session, words(9), want=Want(logits="last", top_logprobs=3, sample=Sample())).outputs
+    everything = llama.tokens(session, words(9), want=Want(logits="last", top_logprobs=3, sample=Sample(), logprob=True)).outputs
     logits = torch.from_numpy(everything["logits"])
     assert logits.shape == (1, 89)
     logprobs = torch.log_softmax(logits[0], -1)
