@@ -61,6 +61,7 @@ class _Run:
             wanted.max_tokens,
             session.tenant,
             sampling(wanted.sample),
+            logprobs=wanted.logprobs,
             stop_ids=frozenset() if wanted.ignore_eos or model is None else model.end_ids,
             stop=self._written.stops,
             expected_version=expected,

@@ -112,7 +112,9 @@ class FakeDecoder(FakeRunner):
             result.once["top_logprobs"] = [(self.next(last) + k, -float(k)) for k in range(want.top_logprobs)]
         if row.last and want.sample is not None:
             self.seeds.append(want.sample.seed)
-            result.once.update(next_token=self.next(last), logprob=-0.5)
+            result.once.update(next_token=self.next(last))
+        if row.last and want.logprob:
+            result.once.update(logprob=-0.5)
         return result
 
     def logits(self, token: int) -> Array:
