@@ -14,11 +14,8 @@ namespace keypast::KEYPAST_VARIANT {
 constexpr int kRows = 6;        // rows per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
 constexpr int kDirectRows = 8;  // tiles up to this size convert keys and values as they read them
 constexpr int kVecs = kChunk / kLanes;
-#ifndef AHEAD
-#define AHEAD 4
-#define HINT 3
-#endif
-constexpr int kAhead = AHEAD;        // vectors of keys or values between fetching and reading
+constexpr int kAhead = 4;        // vectors of keys or values between fetching and reading
+constexpr int kTokensAhead = 4;  // tokens between fetching and reading q, k and v
 constexpr float kMasked = -1.0f;
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -53,9 +50,15 @@ static void convert(const From* from, To* to, int64_t n) {
   }
 }
 
+// One token's channels of one head. A few tokens on, the same head is fetched: strides hide it from the hardware.
 static void read_line(const Heads& x, DType type, int64_t token, int64_t head, float* line, int64_t n) {
   const int64_t at = token * x.token_stride + head * x.head_stride;
-  typed(type, x.data, [&](auto* data) { convert(data + at, line, n); });
+  typed(type, x.data, [&](auto* data) {
+    const auto later = data + at + kTokensAhead * x.token_stride;
+    __builtin_prefetch(later);
+    __builtin_prefetch(later + n - 1);
+    convert(data + at, line, n);
+  });
 }
 
 template <class T>
@@ -173,7 +176,7 @@ KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t str
   int64_t d = 0;
   for (; d + kStep <= dim; d += kStep) {
     if (kFetch)
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % kStep) * stride, 0, HINT);
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % kStep) * stride);
     KEYPAST_UNROLL for (int i = 0; i < kStep; ++i) score_channel(q + (d + i) * M, keys, (d + i) * stride, sums);
   }
   for (; d < dim; ++d) score_channel(q + d * M, keys, d * stride, sums);
@@ -206,7 +209,7 @@ KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int
     const int end = (int)least(key + kLanes, whole);
     for (; key < end; ++key, row += stride, later += stride) {
       if (kFetch)
-        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i, 0, HINT);
+        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i);
       Vec v[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) v[n] = load(row + n * kLanes);
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {

@@ -31,12 +31,9 @@ namespace {
 
 constexpr int64_t kTileRows = 96;           // (query, head) pairs in one tile
 constexpr int64_t kReadCost = 6;            // reading and converting one key, in rows attending to it
-constexpr int64_t kSerialCost = 1 << 10;    // key-rows under which waking a thread costs more than it saves
-constexpr int64_t kSerialFloats = 1 << 15;  // likewise for norms and gates
-#ifndef TPT
-#define TPT 4
-#endif
-constexpr int64_t kTasksPerThread = TPT;      // tiles costlier than a thread's share over this are split by chunks
+constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's share over this are split by chunks
+constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
+constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
 
 struct Task {
   int32_t tile, begin, end;  // chunks [begin, end)
@@ -116,7 +113,7 @@ void add_tiles(const Attend& a, int64_t row, Plan* plan) {
     const int64_t n = std::min(per_tile, queries - first);
     int64_t keys = a.present_length[row];
     if (a.causal) keys = std::min(keys, a.past_length[row] + first + n);
-    const int64_t chunks = (keys + kChunk - 1) / kChunk, cost = keys * (n * group + kReadCost);
+    const int64_t chunks = (keys + kChunk - 1) / kChunk, cost = keys * (n * group + kReadCost) * a.head_dim;
     for (int64_t head = 0; head < a.kv_heads; ++head) {
       const auto index = static_cast<int32_t>(plan->tiles.size());
       plan->tiles.push_back({int32_t(row), int32_t(head), int32_t(first), int32_t(n), int32_t(chunks), -1});

@@ -6,7 +6,7 @@ namespace keypast {
 
 // Keys are cut at multiples of kChunk by absolute position. Every chunk computes its own maximum, sum and weighted
 // values from scratch, and chunks are merged in order, so a query's bits do not depend on how work is shared out.
-constexpr int kChunk = 256;
+constexpr int kChunk = 512;
 constexpr int kLanes = 16;  // keys (or channels) in one vector, on every instruction set
 
 enum class DType { f16, bf16, f32 };

@@ -54,7 +54,8 @@ static void silu_gate(const Gate& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < a.width; i += kLanes) {
         const int n = a.width - i < kLanes ? (int)(a.width - i) : kLanes;
         const Vec g = load(gate + i, n);
-        const Vec silu = g / (set(1.0f) + exp2(g * set(-1.4426950408889634f)));
+        const Vec power = min(set(160.0f), g * set(-1.4426950408889634f));  // 2^160 is infinite already
+        const Vec silu = g / (set(1.0f) + exp2(power));
         store(out + row * a.width + i, silu * load(up + i, n), n);
       }
     }

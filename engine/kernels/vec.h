@@ -58,7 +58,7 @@ KEYPAST_INLINE Lane lane_fma(Lane a, Lane b, Lane c) {
 #endif
 }
 
-// b where either is NaN.
+// Of these two, b where either is NaN.
 KEYPAST_INLINE Lane lane_max(Lane a, Lane b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -92,10 +92,9 @@ KEYPAST_INLINE Lane lane_scale(Lane p, Lane n, Lane biased) {
 #endif
 }
 
-// 2^x to about one unit in the last place; exactly 0 from -inf, exactly 1 from 0, NaN from NaN.
+// 2^x, x at most 160, to about one unit in the last place; exactly 0 from -inf, exactly 1 from 0, NaN from NaN.
 KEYPAST_INLINE Lane lane_exp2(Lane x) {
   x = lane_max(lane_set(-160.0f), x);
-  x = lane_min(lane_set(160.0f), x);
   const Lane biased = x + 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth one
   const Lane n = biased - 12582912.0f;
   const Lane r = x - n;
@@ -202,6 +201,7 @@ KEYPAST_BINARY(operator-, x - y)
 KEYPAST_BINARY(operator*, x* y)
 KEYPAST_BINARY(operator/, x / y)
 KEYPAST_BINARY(max, lane_max(x, y))
+KEYPAST_BINARY(min, lane_min(x, y))
 #undef KEYPAST_BINARY
 
 KEYPAST_INLINE Vec fma(const Vec& a, const Vec& b, const Vec& c) {
