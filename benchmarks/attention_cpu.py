@@ -1,11 +1,12 @@
 """How close the CPU attention kernels come to what the memory and the arithmetic units allow.
 
-Model: 9 query heads, 3 kv heads of 64 channels; bfloat16 queries, float16 cache in blocks of 16. Each timed call works on
-the next of many distinct layers, so that keys and values come from memory as they do in a model, not from cache.
+Model: 9 query heads, 3 kv heads of 64 channels; bfloat16 queries, float16 cache in blocks of 16, scattered. Every
+timed call works on the next of many distinct layers: keys and values come from memory, as in a model, not from cache.
 
-Rooflines: a decode step can be no faster than reading its K and V bytes once, measured here by a plain AVX read of the
-same layers in the same round ("read"). A prefill needs 4 * 64 float32 operations per (query head, query, visible key);
-its limit is the rate of independent fused multiply-adds, measured likewise ("fma").
+Rooflines: a decode step can be no faster than reading its K and V bytes once, measured by a plain vector read of the
+same layers in the same round. A prefill takes 2 * 64 float32 multiply-adds per (query head, query, visible key); its
+limit is the rate of independent multiply-adds, measured likewise. Peers: torch's SDPA, one call per session, over
+contiguous caches of fewer layers (no paging, no write, kinder to its caches than a model is).
 
     python benchmarks/attention_cpu.py [--rounds 7] [--threads 2]
 """
@@ -32,57 +33,39 @@ HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
 DECODE = ((1, 256), (16, 256), (1, 2048), (16, 2048), (1, 16384))  # (rows, past length)
 PREFILL = (512, 2048)
 PROBES = r"""
-#include <immintrin.h>
 #include <omp.h>
-typedef float Lane __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+enum { kBytes = 64 };
+#else
+enum { kBytes = 32 };
+#endif
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef long Longs __attribute__((vector_size(kBytes), aligned(16)));
 
-extern "C" float read_bytes(const char* data, long bytes, int threads) {
-  __m256i all = _mm256_setzero_si256();
+extern "C" long read_bytes(const char* data, long bytes, int threads) {
   long seen = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : seen)
   {
-    const long n = omp_get_num_threads(), i = omp_get_thread_num();
-    const char *at = data + bytes / 256 * i / n * 256, *end = data + bytes / 256 * (i + 1) / n * 256;
-    __m256i sums[8] = {};
-    for (; at < end; at += 256)
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j) sums[j] = _mm256_xor_si256(sums[j], _mm256_loadu_si256((const __m256i*)(at + 32 * j)));
-    for (int j = 1; j < 8; ++j) sums[0] = _mm256_xor_si256(sums[0], sums[j]);
-    seen += _mm256_extract_epi64(sums[0], 0);
+    const long n = omp_get_num_threads(), i = omp_get_thread_num(), whole = bytes / (8 * kBytes);
+    const Longs *at = (const Longs*)data + whole * i / n * 8, *end = (const Longs*)data + whole * (i + 1) / n * 8;
+    Longs sums[8] = {};
+    for (; at < end; at += 8)
+      for (int j = 0; j < 8; ++j) sums[j] ^= at[j];
+    for (int j = 0; j < 8; ++j) seen += sums[j][0];
   }
-  return (float)seen + _mm256_extract_epi32(all, 0);
+  return seen;
 }
 
-template <class V> static float spin(long times) {
-  V x[12], a, b;
-  for (unsigned j = 0; j < sizeof a / 4; ++j) a[j] = 0.999f, b[j] = 1e-3f;
-  for (auto& y : x) y = b;
-  for (long i = 0; i < times; ++i)
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) { x[j] = x[j] * a + b; asm("" : "+v"(x[j])); }
+extern "C" float multiply_add(long count, int threads) {  // of floats, in twelve chains per thread
   float sum = 0;
-  for (auto& y : x) sum += y[0];
-  return sum;
-}
-typedef float Wide __attribute__((vector_size(64)));
-__attribute__((target("avx512f"))) static float spin_wide(long times) {
-  Wide x[12], a, b;
-  for (int j = 0; j < 16; ++j) a[j] = 0.999f, b[j] = 1e-3f;
-  for (auto& y : x) y = b;
-  for (long i = 0; i < times; ++i)
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; ++j) { x[j] = x[j] * a + b; asm("" : "+v"(x[j])); }
-  float sum = 0;
-  for (auto& y : x) sum += y[0];
-  return sum;
-}
-
-// Performs `fmas` float multiply-adds.
-extern "C" float multiply_add(long fmas, int threads) {
-  float sum = 0;
-  const bool wide = __builtin_cpu_supports("avx512f");
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
-  sum += wide ? spin_wide(fmas / threads / 12 / 16) : spin<Lane>(fmas / threads / 12 / 8);
+  {
+    Floats x[12], a = Floats{} + 0.999f;
+    for (auto& y : x) y = Floats{} + 1e-3f;
+    for (long i = 0; i < count / threads / 12 / (kBytes / 4); ++i)
+      for (auto& y : x) y = y * a + a;
+    for (auto& y : x) sum += y[0];
+  }
   return sum;
 }
 """
@@ -104,8 +87,8 @@ def probes() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "probes.cpp", Path(folder) / "probes.so"
         source.write_text(PROBES)
-        command = ["g++", "-O2", "-mavx2", "-mfma", "-Wno-psabi", "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(library)]
-        subprocess.run(command, check=True)
+        flags = ["-O3", "-march=native", "-Wno-psabi", "-fopenmp", "-fPIC", "-shared"]
+        subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
         loaded = ctypes.CDLL(str(library))
     loaded.read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_int]
     loaded.multiply_add.argtypes = [ctypes.c_long, ctypes.c_int]
@@ -137,30 +120,34 @@ def timed(run: Callable[[int], object], layers: int) -> float:
     return (time.perf_counter() - started) / layers * 1e3
 
 
-def measure(backend: CpuBackend, native: ctypes.CDLL, rows: int, past: int, new: int, rounds: int, threads: int) -> Result:
+def measure(
+    backend: CpuBackend, native: ctypes.CDLL, rows: int, past: int, new: int, rounds: int, threads: int
+) -> Result:
     inputs = inputs_for(rows, past, new)
     present = past + new
     blocks = int(inputs.block_table.max()) + 1
     layer_bytes = 2 * blocks * KV_HEADS * BLOCK * DIM * 2
     layers = max(2, min(1024, (3 << 28) // layer_bytes)) if new == 1 else 4
-    k_blocks = torch.randn(blocks, KV_HEADS, DIM, BLOCK).half().repeat(layers, 1, 1, 1, 1)
-    v_blocks = torch.randn(blocks, KV_HEADS, BLOCK, DIM).half().repeat(layers, 1, 1, 1, 1)
+    pool = torch.randn(1, 2, layer_bytes // 4).half().expand(layers, -1, -1).contiguous()  # K, V of each layer in turn
+    k_layers = pool[:, 0].view(layers, blocks, KV_HEADS, DIM, BLOCK).unbind()
+    v_layers = pool[:, 1].view(layers, blocks, KV_HEADS, BLOCK, DIM).unbind()
     qkv = torch.randn(rows * new, HEADS + 2 * KV_HEADS, DIM, dtype=torch.bfloat16)
-    q, k, v = torch.split(qkv, [HEADS, KV_HEADS, KV_HEADS], dim=1)  # type: ignore[no-untyped-call]
+    q, k, v = torch.split(qkv, [HEADS, KV_HEADS, KV_HEADS], dim=1)
 
     def ours(layer: int) -> Tensor:
-        return backend.attend(q, k, v, k_blocks[layer], v_blocks[layer], inputs, None, 0.125)
+        return backend.attend(q, k, v, k_layers[layer], v_layers[layer], inputs, None, DIM**-0.5)
 
     def limit(layer: int) -> None:
         if new == 1:
-            native.read_bytes(k_blocks[layer].data_ptr(), layer_bytes // 2, threads)
-            native.read_bytes(v_blocks[layer].data_ptr(), layer_bytes // 2, threads)
+            native.read_bytes(k_layers[layer].data_ptr(), layer_bytes, threads)
         else:
             native.multiply_add(rows * HEADS * DIM * 2 * sum(range(past + 1, present + 1)), threads)
 
     def sdpa(dtype: torch.dtype) -> Callable[[int], object]:
         some = max(1, min(layers, (1 << 29) // (layer_bytes * dtype.itemsize // 2)))
-        keys = torch.randn(some, 2, 1, KV_HEADS, present, DIM).to(dtype)  # one session's; every session of a layer reads it
+        keys = torch.randn(some, 2, 1, KV_HEADS, present, DIM).to(
+            dtype
+        )  # one session's; every session of a layer reads it
         queries = torch.randn(1, HEADS, new, DIM).to(dtype)
 
         def run(layer: int) -> None:
@@ -206,7 +193,9 @@ def main() -> None:
                 f"{r.sdpa_bf16 / r.ours:11.1f}",
                 flush=True,
             )
-    print(json.dumps({"isa": backend.kernels.isa, "threads": arguments.threads, "results": [asdict(r) for r in results]}))
+    print(
+        json.dumps({"isa": backend.kernels.isa, "threads": arguments.threads, "results": [asdict(r) for r in results]})
+    )
 
 
 if __name__ == "__main__":
