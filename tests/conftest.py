@@ -1,4 +1,4 @@
-"""For every test: OpenMP threads that wait give the core away, so that the suite's time does not hang on what else runs."""
+"""For every test: OpenMP threads that wait give the core away, so the suite does not hang on what else runs."""
 
 import os
 

@@ -35,7 +35,9 @@ def test_readme_python(code: str, address: str, tmp_path: Path) -> None:
     assert "http://127.0.0.1:8000" in code
     script = tmp_path / "readme.py"
     script.write_text(code.replace("http://127.0.0.1:8000", address))
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
