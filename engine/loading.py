@@ -29,8 +29,11 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """`end_ids` are the tokens with which the model ends a reply."""
+
     runner: ModelRunner
     tokenizer: Tokenizer | None
+    end_ids: frozenset[int]
 
 
 def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
@@ -44,4 +47,5 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     if blocks < 1:
         raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
     backend = choose(options.backend, model_spec.device, options.cache_dir, progress)
-    return LoadedModel(ModelRunner(loaded.model, backend, blocks + 1, options.block_size), loaded.tokenizer)
+    runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size)
+    return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)

@@ -39,7 +39,9 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         wait_seconds=settings.wait_seconds,
         max_sessions=settings.max_sessions,
     )
-    texts = {name: TextModel(model.tokenizer) for name, model in models.items() if model.tokenizer is not None}
+    texts = {
+        name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None
+    }
     return Loaded(Engine([model.runner for model in models.values()], config), texts)
 
 

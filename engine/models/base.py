@@ -58,5 +58,8 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
+    """`end_ids` are the tokens with which the model ends a reply."""
+
     model: Model
     tokenizer: Tokenizer | None
+    end_ids: frozenset[int] = frozenset()

@@ -61,7 +61,7 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
     device, dtype = options.resolve()
     progress(f"{name}: loading {checkpoint.config.architecture}")
     model = load_decoder(name, checkpoint, device=device, dtype=dtype, kv_dtype=options.kv_dtype)
-    return LoadedModel(model, Tokenizer.open(checkpoint))
+    return LoadedModel(model, Tokenizer.open(checkpoint), frozenset(checkpoint.config.eos_token_ids))
 
 
 def load_decoder(name: str, checkpoint: Checkpoint, *, device: str, dtype: torch.dtype, kv_dtype: str) -> DecoderModel:
