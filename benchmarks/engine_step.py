@@ -1,7 +1,7 @@
 """One engine step of a decoder, against one pass of all its packed linears at the same number of rows.
 
-Bound: a step must read every weight once; the packed linears alone, run one after another in the model's order, are that
-read plus their arithmetic. What is above 1.0 is attention, norms, rotary, sampling, scheduling and Python.
+Bound: a step must read every weight once; the packed linears alone, run one after another in the model's order, are
+that read plus their arithmetic. What is above 1.0 is attention, norms, rotary, sampling, scheduling and Python.
 
     python -m benchmarks.engine_step [--sessions 1 4 16] [--context 256 2048] [--rounds 7]
 """
@@ -38,25 +38,29 @@ def main() -> None:
     loaded = load_model("model", options.model, LoadOptions(options.cache, 2 << 30), print)
     engine = Engine([loaded.runner], EngineConfig())
     assert isinstance(loaded.runner.model, torch.nn.Module)
-    linears = [module for module in loaded.runner.model.modules() if isinstance(module, Linear) and module._packed is not None]
+    linears = [
+        module for module in loaded.runner.model.modules() if isinstance(module, Linear) and module._packed is not None
+    ]
     print(f"{'sessions':>8} {'context':>8} {'linears ms':>11} {'step ms':>8} {'ratio':>6}")
-    results = []
-    for context in options.context:
-        for sessions in options.sessions:
-            ids = [prefilled(engine, context) for _ in range(sessions)]
-            pairs = [
-                (median_ms(lambda: pass_linears(linears, sessions)), median_ms(lambda: step(engine, ids)))
-                for _ in range(options.rounds)
-            ]
-            floor, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
-            ratio = statistics.median(b / a for a, b in pairs)
-            print(f"{sessions:8} {context:8} {floor:11.2f} {whole:8.2f} {ratio:6.2f}")
-            results.append(
-                {"sessions": sessions, "context": context, "linears_ms": floor, "step_ms": whole, "ratio": ratio}
-            )
-            for session in ids:
-                engine.delete_session(session)
-    print(json.dumps({"benchmark": "engine_step", "threads": options.threads, "rounds": options.rounds, "results": results}))
+    cases = [(sessions, context) for context in options.context for sessions in options.sessions]
+    results = [measure(engine, linears, sessions, context, options.rounds) for sessions, context in cases]
+    report = {"benchmark": "engine_step", "threads": options.threads, "rounds": options.rounds, "results": results}
+    print(json.dumps(report))
+
+
+def measure(engine: Engine, linears: list[Linear], sessions: int, context: int, rounds: int) -> dict[str, float]:
+    """Medians of interleaved rounds."""
+    ids = [prefilled(engine, context) for _ in range(sessions)]
+    pairs = [
+        (median_ms(lambda: pass_linears(linears, sessions)), median_ms(lambda: step(engine, ids)))
+        for _ in range(rounds)
+    ]
+    for session in ids:
+        engine.delete_session(session)
+    floor, whole = (statistics.median(column) for column in zip(*pairs, strict=True))
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"{sessions:8} {context:8} {floor:11.2f} {whole:8.2f} {ratio:6.2f}")
+    return {"sessions": sessions, "context": context, "linears_ms": floor, "step_ms": whole, "ratio": ratio}
 
 
 def prefilled(engine: Engine, context: int) -> str:
@@ -70,7 +74,9 @@ def prefilled(engine: Engine, context: int) -> str:
 
 def step(engine: Engine, sessions: list[str]) -> None:
     """One greedy step of every session, in one batch."""
-    appends = [Append(session, {"token_ids": np.array([[7]])}, step=True, want=Want(sample=Sample())) for session in sessions]
+    appends = [
+        Append(session, {"token_ids": np.array([[7]])}, step=True, want=Want(sample=Sample())) for session in sessions
+    ]
     for append in appends:
         engine.submit(append)
     engine.run_once()

@@ -41,7 +41,13 @@ def main() -> None:
     print(f"context {options.context}: HTTP step {whole:.2f} ms, engine step {engine:.2f} ms, ratio {ratio:.2f}")
     print(
         json.dumps(
-            {"benchmark": "http_step", "context": options.context, "http_ms": whole, "engine_ms": engine, "ratio": ratio}
+            {
+                "benchmark": "http_step",
+                "context": options.context,
+                "http_ms": whole,
+                "engine_ms": engine,
+                "ratio": ratio,
+            }
         )
     )
 

@@ -1,6 +1,6 @@
 """A language model's session: stream a reply, fork it in two, roll one back.
 
-    python -m examples.decoder_session [URL]
+python -m examples.decoder_session [URL]
 """
 
 import sys

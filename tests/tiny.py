@@ -1,4 +1,4 @@
-"""A tiny decoder that reads and writes text: a Hugging Face directory with random weights, tokenizer and chat template."""
+"""A tiny decoder that reads and writes text: a Hugging Face directory with random weights and a chat template."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,9 @@ def save_tiny_decoder(path: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.save(str(path / "tokenizer.json"))

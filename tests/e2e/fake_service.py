@@ -7,7 +7,7 @@ from service.server import serve
 from service.settings import read_settings
 from tests.service.fakes import Fakes
 
-STEP = 0.3  # seconds a batch takes
+STEP = 0.5  # seconds a batch takes
 
 
 def main() -> int:

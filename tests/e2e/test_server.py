@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Self
 import httpx
 import pytest
 
-from tests.e2e.fake_service import STEP
 from tests.service.fakes import KINDS, Kind, event_data
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +89,12 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Fails the test by its time limit when it never holds."""
+    while not condition():
+        time.sleep(0.01)
+
+
 def prefilled(client: httpx.Client, kind: Kind) -> str:
     created = client.post("/v1/sessions", json={"model": kind.model})
     path = created.headers["location"]
@@ -102,11 +107,9 @@ def test_sigterm_drains_and_exits_0(server: Server, kind: Kind) -> None:
     with httpx.Client(base_url=address) as client, ThreadPoolExecutor() as threads:
         path = prefilled(client, kind)
         step = threads.submit(httpx.post, f"{address}{path}/step", json=kind.json(1, 3), timeout=30)
-        time.sleep(STEP / 3)
+        until(lambda: client.get(path).json()["state"] == "running")
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(STEP / 6)
-        ready = client.get("/readyz")
-        assert (ready.status_code, ready.json()["status"]) == (503, "draining")
+        until(lambda: client.get("/readyz").json()["status"] == "draining")
         refused = client.post(f"{path}/step", json=kind.json(1, 3))
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert (step.result().status_code, step.result().json()["valid_length"]) == (200, [4])
@@ -137,10 +140,8 @@ def test_a_stream_comes_token_by_token_and_ends_with_its_reader(server: Server) 
         with client.stream("POST", f"{path}/generate", json={"max_tokens": 50, "stream": True}) as stream:
             first = next(stream.iter_text())
         assert len(event_data(first)) <= 2
-        time.sleep(3 * STEP)
-        session = client.get(path).json()
-        assert session["state"] == "idle"
-        assert session["valid_length"][0] <= 7
+        until(lambda: client.get(path).json()["state"] == "idle")
+        assert client.get(path).json()["valid_length"][0] <= 7
     server.process.send_signal(signal.SIGINT)
     assert server.ends()[0] == 0
 
@@ -150,7 +151,7 @@ def test_a_second_signal_does_not_wait(server: Server) -> None:
         path = prefilled(client, KINDS["decoder"])
         body = {"max_tokens": 90}
         threads.submit(httpx.post, f"{client.base_url}{path}/generate", json=body, timeout=30)
-        time.sleep(STEP)
+        until(lambda: client.get(path).json()["state"] == "running")
         for _ in range(2):
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.1)

@@ -100,11 +100,10 @@ def test_different_sessions_share_a_batch_and_not_their_past(llama: Served) -> N
     for session, own in zip(sessions, tokens, strict=True):
         llama.tokens(session, own[:20])
     llama.finish(Truncate(sessions[2], 15))
-    operations: list[Append | Generate] = []
+    operations: list[Append] = []
     for session, new in zip(sessions[:2], (tokens[0][20:30], tokens[1][20:21]), strict=True):
-        operation = Append(session, {"token_ids": torch.tensor([new]).numpy()}, want=ALL)
-        operations.append(operation)
-        llama.engine.submit(operation)
+        operations.append(Append(session, {"token_ids": torch.tensor([new]).numpy()}, want=ALL))
+        llama.engine.submit(operations[-1])
     last = Generate(sessions[2], 4)
     llama.engine.submit(last)
     while llama.engine.run_once():
@@ -156,7 +155,9 @@ def test_generate_is_greedy_decoding(checkpoints: dict[str, tuple[Any, Path]], l
 
 def test_outputs_are_given_as_asked(llama: Served) -> None:
     session = llama.open()
-    everything = llama.tokens(session, words(9), want=Want(logits="last", top_logprobs=3, sample=Sample(), logprob=True)).outputs
+    everything = llama.tokens(
+        session, words(9), want=Want(logits="last", top_logprobs=3, sample=Sample(), logprob=True)
+    ).outputs
     logits = torch.from_numpy(everything["logits"])
     assert logits.shape == (1, 89)
     logprobs = torch.log_softmax(logits[0], -1)
