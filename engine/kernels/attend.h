@@ -1,6 +1,6 @@
 // Attention over blocks: rotate and write the new keys and values, then attend one tile of queries chunk by chunk.
 //
-// A tile's rows are its (query, head) pairs, query-major, taken kRows at a time ("group"). A chunk of keys is worked off as
+// A tile's rows are its (query, head) pairs, query-major, taken up to kRows at a time: a group. For a chunk of keys:
 //   scores    group x 16 keys at a time, channels in order; a block's keys lie across a register
 //   soften    per row: maximum, 2^(score - maximum), sum; masked keys are marked by a negative weight
 //   values    group x 16 channels at a time, keys in order
@@ -168,7 +168,8 @@ KEYPAST_INLINE void score_channel(const float* q, const T* const* keys, int64_t 
 // scores[m][16 n ..] = sum over d of q[d][m] * keys[n][d][0:16]
 template <int M, int N, bool kFetch, class T>
 KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t stride, int64_t dim, float* scores) {
-  // Channels in a cache line, or sharing one with the neighbouring vector's: n & step reaches every line either way.
+  // A line of the cache holds kStep channels of these 16 keys, or one channel of theirs and their neighbours': fetching
+  // every kStep-th channel, from n % kStep on, reaches every line either way.
   constexpr int kStep = 4 / sizeof(T);
   Vec sums[M][N];
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
@@ -194,8 +195,8 @@ static void score_group(const float* q, const T* const* keys, int64_t stride, in
   for (; n < vecs; ++n) score_tile<M, 1, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
 }
 
-// sums[m][16 n ..] += weights[m][j] * values[j][16 n ..] for the 16 keys j of each vector in order. From key `whole` on,
-// masked keys are stepped over one by one: what lies in their slots must not be touched.
+// sums[m][16 n ..] = sum over keys j in order of weights[m][j] * values[j][16 n ..]. From key `whole` on, masked keys
+// are stepped over one by one: what lies in their slots must not be touched.
 template <int M, int N, bool kFetch, class T>
 KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int64_t offset, int64_t stride, int whole,
                                int keys, float* sums, int64_t sums_stride) {
@@ -294,11 +295,8 @@ static void merge_into(const Partial& state, const Partial& part, int64_t rows, 
     if (new_peak == kLowest) continue;
     const float peak = new_peak > old_peak ? new_peak : old_peak;
     const Vec keep = exp2(set(old_peak - peak)), add = exp2(set(new_peak - peak));
-    float factors[2][kLanes];
-    store(factors[0], keep);
-    store(factors[1], add);
     state.peak[row] = peak;
-    state.total[row] = state.total[row] * factors[0][0] + part.total[row] * factors[1][0];
+    state.total[row] = state.total[row] * any(keep) + part.total[row] * any(add);
     float* to = state.values + row * width;
     const float* from = part.values + row * width;
     for (int64_t i = 0; i < width; i += kLanes) store(to + i, fma(load(from + i), add, load(to + i) * keep));
@@ -361,24 +359,30 @@ static void pack_keys(const View& t, int64_t start, int keys, int64_t kv_head, c
   const Attend& a = t.a;
   for (int j = 0; j < keys; ++j) {
     const int64_t block = t.table[(start + j) / a.block_size], offset = (start + j) % a.block_size;
-    const T* k = (const T*)a.k_blocks.data + block * a.k_blocks.block_stride + kv_head * a.k_blocks.head_stride + offset;
+    const T* k = (const T*)a.k_blocks.data + block * a.k_blocks.block_stride + kv_head * a.k_blocks.head_stride;
     const T* v = (const T*)a.v_blocks.data + block * a.v_blocks.block_stride + kv_head * a.v_blocks.head_stride;
     float* to = s.keys + j / kLanes * t.dim * kLanes + j % kLanes;
-    for (int64_t d = 0; d < t.dim; ++d) store(to + d * kLanes, load(k + d * a.block_size, 1), 1);
+    for (int64_t d = 0; d < t.dim; ++d) store(to + d * kLanes, load(k + offset + d * a.block_size, 1), 1);
     for (int64_t i = 0; i < t.dim; i += kLanes)
       store(s.values + j * t.width + i, load(v + offset * t.dim + i, (int)least(kLanes, t.dim - i)));
   }
 }
 
+// Converts and packs once what all groups of a tile then read.
 template <class T>
 static void pack_vecs(const View& t, const Source<T>& from, int keys, const Scratch& s) {
   for (int i = 0; i * kLanes < keys; ++i)
-    for (int64_t d = 0; d < t.dim; ++d)
+    for (int64_t d = 0; d < t.dim; ++d) {
+      __builtin_prefetch(from.keys[i + kAhead] + d * from.key_stride);
       store(s.keys + (i * t.dim + d) * kLanes, load(from.keys[i] + d * from.key_stride));
+    }
   for (int j = 0; j < keys; ++j) {
     const T* row = from.values[j / kLanes] + j % kLanes * from.value_stride;
-    for (int64_t i = 0; i < t.dim; i += kLanes)
+    const T* later = from.values[j / kLanes + kAhead] + j % kLanes * from.value_stride;
+    for (int64_t i = 0; i < t.dim; i += kLanes) {
+      __builtin_prefetch(later + i);
       store(s.values + j * t.width + i, load(row + i, (int)least(kLanes, t.dim - i)));
+    }
   }
 }
 
@@ -420,7 +424,7 @@ static void attend_chunk(const View& t, const Tile& tile, int64_t start, const S
       if (vecs <= 0) continue;
       sized(groups.size(i), [&](auto m) {
         score_group<m.value, kFetch>(s.queries + row * t.dim, source.keys + panel, source.key_stride, t.dim,
-                             vecs < kPanel ? vecs : kPanel, s.scores + row * kChunk + panel * kLanes);
+                                     vecs < kPanel ? vecs : kPanel, s.scores + row * kChunk + panel * kLanes);
       });
     }
   for (int64_t i = 0; i < groups.count; ++i) {
@@ -435,16 +439,17 @@ static void attend_chunk(const View& t, const Tile& tile, int64_t start, const S
     }
     sized(groups.size(i), [&](auto m) {
       value_group<m.value, kFetch>(s.scores + begin * kChunk, source.values, source.value_stride, whole, keys,
-                           part.values + begin * t.width, t.width);
+                                   part.values + begin * t.width, t.width);
     });
   }
 }
 
 template <class T>
-static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, int end, float* scratch, float* partials) {
+static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, int end, float* scratch,
+                      float* partials) {
   const View t(a, tile);
   const Scratch s(scratch, t.rows, t.dim, t.width);
-  const bool even = a.block_size % kLanes == 0;
+  const bool even = a.block_size % kLanes == 0;  // no vector of keys crosses a block's end
   const bool direct = even && t.dim == t.width && (t.rows <= kDirectRows || sizeof(T) == sizeof(float));
   load_queries(t, s);
   if (!partials) clear(s.state, t.rows, t.width);
@@ -471,7 +476,9 @@ static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, in
 
 // ---- what the driver calls ----
 
-static int64_t scratch_size(const Attend& a, int64_t rows) { return Scratch::size(rows, a.head_dim, padded(a.head_dim)); }
+static int64_t scratch_size(const Attend& a, int64_t rows) {
+  return Scratch::size(rows, a.head_dim, padded(a.head_dim));
+}
 
 static int64_t partial_size(const Attend& a, int64_t rows) { return Partial::size(rows, padded(a.head_dim)); }
 

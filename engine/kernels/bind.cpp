@@ -16,14 +16,15 @@ keypast::DType type_of(const Tensor& x, const char* name) {
     case at::kHalf: return keypast::DType::f16;
     case at::kBFloat16: return keypast::DType::bf16;
     case at::kFloat: return keypast::DType::f32;
-    default: TORCH_CHECK(false, "keypast: ", name, " must be float16, bfloat16 or float32, not ", x.scalar_type());
+    default:
+      TORCH_CHECK(false, "keypast: ", name, " must be float16, bfloat16 or float32, not ", x.scalar_type());
   }
 }
 
 template <class T>
 const T* vector_of(const Tensor& x, const char* name, int64_t length) {
-  TORCH_CHECK(x.dim() == 1 && x.numel() == length && x.is_contiguous(), "keypast: ", name, " must be contiguous (", length,
-              ",), not ", x.sizes());
+  const bool fits = x.dim() == 1 && x.numel() == length && x.is_contiguous();
+  TORCH_CHECK(fits, "keypast: ", name, " must be contiguous (", length, ",), not ", x.sizes());
   return x.const_data_ptr<T>();
 }
 
@@ -35,7 +36,8 @@ keypast::Heads heads_of(const Tensor& x, const char* name) {
 
 keypast::Pool pool_of(const Tensor& x, const char* name, at::IntArrayRef shape) {
   TORCH_CHECK(x.sizes() == shape, "keypast: ", name, " must be ", shape, ", not ", x.sizes());
-  TORCH_CHECK((x.stride(3) == 1 || x.size(3) == 1) && (x.stride(2) == x.size(3) || x.size(2) == 1), "keypast: ", name, " must be contiguous inside a block");
+  const bool packed = (x.stride(3) == 1 || x.size(3) == 1) && (x.stride(2) == x.size(3) || x.size(2) == 1);
+  TORCH_CHECK(packed, "keypast: ", name, " must be contiguous inside a block");
   return {x.data_ptr(), x.stride(0), x.stride(1)};
 }
 
@@ -69,7 +71,7 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
   TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == a.tokens && k.size(2) == a.head_dim && a.kv_heads > 0 &&
                   a.heads % a.kv_heads == 0,
               "keypast: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not go together");
-  TORCH_CHECK(k_blocks.dim() == 4 && k_blocks.size(0) > 0 && k_blocks.size(3) > 0, "keypast: k_blocks must have 4 axes");
+  TORCH_CHECK(k_blocks.dim() == 4 && k_blocks.numel() > 0, "keypast: k_blocks must have 4 axes, none of them empty");
   a.blocks = k_blocks.size(0), a.block_size = k_blocks.size(3);
   a.k_blocks = pool_of(k_blocks, "k_blocks", {a.blocks, a.kv_heads, a.head_dim, a.block_size});
   a.v_blocks = pool_of(v_blocks, "v_blocks", {a.blocks, a.kv_heads, a.block_size, a.head_dim});
@@ -112,8 +114,8 @@ keypast::Rows rows_of(const Tensor& x) {
 keypast::Norm norm_of(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   keypast::Norm a{};
   a.width = x.size(-1), a.rows = x.numel() / a.width, a.eps = static_cast<float>(eps);
-  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == a.width && weight.is_contiguous(), "keypast: weight must be (", a.width,
-              ",), not ", weight.sizes());
+  const bool fits = weight.dim() == 1 && weight.size(0) == a.width && weight.is_contiguous();
+  TORCH_CHECK(fits, "keypast: weight must be (", a.width, ",), not ", weight.sizes());
   a.x = rows_of(x), a.weight = weight.data_ptr(), a.out = out.data_ptr();
   a.dtype = type_of(x, "x"), a.weight_dtype = type_of(weight, "weight");
   return a;

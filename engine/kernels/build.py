@@ -144,12 +144,12 @@ def wait(process: subprocess.Popen[str], what: str) -> None:
         raise KernelUnavailable(f"{what} failed: {errors[0].strip()}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """`python -m engine.kernels.build`: builds ahead of the first start."""
     parser = argparse.ArgumentParser(description="Build the CPU kernels.")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "keypast")
     parser.add_argument("--compiler", default="g++")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         loaded = load(arguments.cache, arguments.compiler)
     except KernelUnavailable as error:

@@ -92,7 +92,8 @@ void check(const Attend& a) {
   require(a.query_start[0] == 0 && a.query_start[a.rows] <= a.tokens, "query_start must run from 0 to at most T");
   for (int64_t t = 0; t < a.tokens; ++t) {
     require(a.slots[t] >= 0 && a.slots[t] < a.blocks * a.block_size, "a slot is outside the pool");
-    require(!a.cos || (a.positions[t] >= 0 && a.positions[t] < a.rotary_length), "a position is outside the rotary table");
+    const bool covered = a.positions[t] >= 0 && a.positions[t] < a.rotary_length;
+    require(!a.cos || covered, "a position is outside the rotary table");
   }
   for (int64_t r = 0; r < a.rows; ++r) {
     require(a.query_start[r] <= a.query_start[r + 1], "query_start must not fall");
@@ -133,7 +134,8 @@ void split(const Attend& a, int64_t share, size_t index, Plan* plan) {
   tile.partials = plan->partial_floats;
   plan->partial_floats += task.end * chosen().partial_size(a, tile.queries * (a.heads / a.kv_heads));
   for (int64_t i = 0; i < parts; ++i) {
-    const Task part = {task.tile, int32_t(task.end * i / parts), int32_t(task.end * (i + 1) / parts), task.cost / parts};
+    const int64_t begin = task.end * i / parts, end = task.end * (i + 1) / parts;
+    const Task part = {task.tile, int32_t(begin), int32_t(end), task.cost / parts};
     if (i == 0) plan->tasks[index] = part;
     else plan->tasks.push_back(part);
   }
@@ -147,7 +149,8 @@ void make_plan(const Attend& a, int threads, Plan* plan) {
   if (threads == 1 || plan->cost < kSerialCost) return;
   const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
   for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
-  std::stable_sort(plan->tasks.begin(), plan->tasks.end(), [](const Task& x, const Task& y) { return x.cost > y.cost; });
+  const auto costlier = [](const Task& x, const Task& y) { return x.cost > y.cost; };
+  std::stable_sort(plan->tasks.begin(), plan->tasks.end(), costlier);  // the long ones first, so that none ends alone
 }
 
 void run_task(const Attend& a, const Variant& kernels, const Plan& plan, const Task& task, float* scratch,

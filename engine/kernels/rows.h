@@ -41,7 +41,8 @@ static void rms_norm(const Norm& a, int64_t begin, int64_t end) {
       const auto s = residual ? sums + row * a.width : from;
       const float squares = add_row(from, added, s, a.width);
       const float factor = 1.0f / __builtin_sqrtf(squares / a.width + a.eps);
-      typed(a.weight_dtype, a.weight, [&](auto* weight) { scale_row(s, weight, factor, out + row * a.width, a.width); });
+      const auto to = out + row * a.width;
+      typed(a.weight_dtype, a.weight, [&](auto* weight) { scale_row(s, weight, factor, to, a.width); });
     }
   });
 }

@@ -9,6 +9,8 @@
 namespace keypast::KEYPAST_VARIANT {
 
 extern const Variant table;
-const Variant table = {KEYPAST_TEXT(KEYPAST_VARIANT), scratch_size, partial_size, write, attend, merge, rms_norm, silu_gate};
+const Variant table = {
+    KEYPAST_TEXT(KEYPAST_VARIANT), scratch_size, partial_size, write, attend, merge, rms_norm, silu_gate,
+};
 
 }  // namespace keypast::KEYPAST_VARIANT

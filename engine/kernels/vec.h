@@ -255,6 +255,8 @@ KEYPAST_INLINE float peak(const Vec& x) {
 }
 #endif
 
+KEYPAST_INLINE float any(const Vec& x) { return x.part[0][0]; }  // of a vector whose lanes are all alike
+
 template <class T>
 KEYPAST_INLINE Vec load(const T* from, int n) {  // n lanes, zeros behind
   if (n >= kLanes) return load(from);
