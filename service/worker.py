@@ -47,7 +47,7 @@ class EngineWorker:
 
     @property
     def status(self) -> Literal["ready", "draining", "down"]:
-        if not self._thread.is_alive():
+        if self._ended.is_set() or not self._thread.is_alive():
             return "down"
         return "draining" if self._stopping else "ready"
 
