@@ -39,7 +39,7 @@ def main() -> None:
     engine = Engine([loaded.runner], EngineConfig())
     assert isinstance(loaded.runner.model, torch.nn.Module)
     linears = [
-        module for module in loaded.runner.model.modules() if isinstance(module, Linear) and module._packed is not None
+        module for module in loaded.runner.model.modules() if isinstance(module, Linear) and module.packed is not None
     ]
     print(f"{'sessions':>8} {'context':>8} {'linears ms':>11} {'step ms':>8} {'ratio':>6}")
     cases = [(sessions, context) for context in options.context for sessions in options.sessions]

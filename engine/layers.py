@@ -17,13 +17,13 @@ class Linear(nn.Linear):
     """y = x W^T + b. Packed on the CPU it holds the weight in oneDNN's own layout, which reads at memory speed from one
     row to thousands; nothing but `forward` works then."""
 
-    _packed: Tensor | None = None
+    packed: Tensor | None = None
 
     def pack(self) -> None:
         if self.weight.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float32):
             weight = self.weight.detach()
             # 16 is a hint of rows to come; the layout it picks serves every number of rows (1 or 128 was slower).
-            self._packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, 16)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, 16)
             self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
 
     @classmethod
@@ -41,9 +41,9 @@ class Linear(nn.Linear):
         return whole
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._packed is None:
+        if self.packed is None:
             return F.linear(input, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, self._packed, self.bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, self.packed, self.bias, "none", [], "")
         return out
 
 
@@ -95,12 +95,12 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, hidden_size, bias=output_bias)
         self.q_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
         self.k_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
-        self._qkv: Linear | None = None
+        self.qkv: Linear | None = None
 
     def pack(self, *, self_attention: bool) -> None:
         """`self_attention`: query, key and value will always be one tensor, so one linear gives all three."""
         if self_attention:
-            self._qkv = Linear.fused([self.q_proj, self.k_proj, self.v_proj])
+            self.qkv = Linear.fused([self.q_proj, self.k_proj, self.v_proj])
         else:
             for linear in (self.q_proj, self.k_proj, self.v_proj):
                 linear.pack()
@@ -121,10 +121,10 @@ class MultiHeadAttention(nn.Module):
         return out
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._qkv is None:
+        if self.qkv is None:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        q, k, v = torch.split(self._qkv(query), sizes, dim=-1)
+        q, k, v = torch.split(self.qkv(query), sizes, dim=-1)
         return q, k, v
 
 
@@ -138,19 +138,19 @@ class FeedForward(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias) if self.gated else None
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
-        self._gate_up: Linear | None = None
+        self.gate_up: Linear | None = None
 
     def pack(self) -> None:
         if self.gate_proj is not None:
-            self._gate_up = Linear.fused([self.gate_proj, self.up_proj])
+            self.gate_up = Linear.fused([self.gate_proj, self.up_proj])
         else:
             self.up_proj.pack()
         self.down_proj.pack()
 
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """x (T, hidden_size) -> the same."""
-        if self._gate_up is not None:
-            inner = backend.silu_gate(self._gate_up(x))
+        if self.gate_up is not None:
+            inner = backend.silu_gate(self.gate_up(x))
         elif self.gate_proj is not None:
             inner = backend.silu_gate(torch.cat([self.gate_proj(x), self.up_proj(x)], dim=-1))
         else:
@@ -174,6 +174,20 @@ class DecoderBlock(nn.Module):
     def pack(self) -> None:
         self.attention.pack(self_attention=True)
         self.feed_forward.pack()
+
+    def packed_weights(self) -> list[Tensor | None] | None:
+        """What PackedBlocks lists for a block, or None if this one is not of that form."""
+        attention, feed_forward = self.attention, self.feed_forward
+        norms = [self.attention_norm, self.feed_forward_norm]
+        linears = [attention.qkv, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj]
+        if not all(isinstance(norm, RMSNorm) for norm in norms) or any(
+            linear is None or linear.packed is None for linear in linears
+        ):
+            return None
+        qkv, o_proj, gate_up, down_proj = ([linear.packed, linear.bias] for linear in linears if linear is not None)
+        head_norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
+        first, second = ([norm.weight] for norm in norms if isinstance(norm, RMSNorm))
+        return [*first, *qkv, *head_norms, *o_proj, *second, *gate_up, *down_proj]
 
     def forward(
         self, x: Tensor, delta: Tensor | None, kv: KVView, layer: int, rotary: Rotary | None

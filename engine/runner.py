@@ -31,7 +31,7 @@ class ModelRunner:
         computed = [row for row in batch.rows if row.count or row.replay]
         starts = self._starts(batch.rows)
         weights: list[list[Tensor]] | None = [] if any(row.work.want.need_weights for row in batch.rows) else None
-        view = KVView(self._pool.layers, self._prepare(computed), self.backend, weights)
+        view = KVView(self._pool, self._prepare(computed), self.backend, weights)
         if not computed:  # peeks that have their tails
             return self.model.outputs(torch.empty(0), batch.rows, starts, view)
         hidden = self.model.forward(self._inputs(computed), view)

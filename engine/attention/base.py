@@ -42,6 +42,20 @@ class Rotary:
     sin: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class PackedBlocks:
+    """All blocks of a decoder as one list, for a backend that runs them in one call. `weights`, for each block:
+
+    attention_norm, qkv and its bias, q_norm, k_norm, o_proj and its bias, feed_forward_norm, gate_up, its bias,
+    down_proj, its bias: linears in oneDNN's layout, None for what a family does not have.
+    """
+
+    weights: list[Tensor | None]
+    heads: int
+    scale: float
+    eps: float
+
+
 class Backend(Protocol):
     """What stands between a layer's linears. Chosen once at start; `sdpa` is the slow truth of every other one."""
 
@@ -70,4 +84,10 @@ class Backend(Protocol):
 
     def silu_gate(self, x: Tensor) -> Tensor:
         """x (T, 2F) holding (gate, up) side by side -> silu(gate) * up, (T, F); float32 inside."""
+        ...
+
+    def decoder_blocks(
+        self, x: Tensor, blocks: PackedBlocks, k: Tensor, v: Tensor, inputs: AttentionInputs, rotary: Rotary | None
+    ) -> Tensor | None:
+        """x (T, H) through every block, over the pool's k and v of all layers; None: run them one by one."""
         ...

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Rotary
+from engine.attention.base import AttentionInputs, PackedBlocks, Rotary
 from engine.kernels.build import Loaded, load
 
 
@@ -25,6 +25,7 @@ class CpuBackend:
         self._rms_norm: Callable[..., Any] = ops.rms_norm.default
         self._add_rms_norm: Callable[..., Any] = ops.add_rms_norm.default
         self._silu_gate: Callable[..., Any] = ops.silu_gate.default
+        self._decoder_blocks: Callable[..., Any] = ops.decoder_blocks.default
 
     def __repr__(self) -> str:
         return f"<CpuBackend {self.kernels.isa}>"
@@ -71,6 +72,28 @@ class CpuBackend:
         gated: Tensor = self._silu_gate(x)
         return gated
 
+    def decoder_blocks(
+        self, x: Tensor, blocks: PackedBlocks, k: Tensor, v: Tensor, inputs: AttentionInputs, rotary: Rotary | None
+    ) -> Tensor | None:
+        hidden: Tensor = self._decoder_blocks(
+            x,
+            blocks.weights,
+            k,
+            v,
+            inputs.query_start,
+            inputs.past_length,
+            inputs.present_length,
+            inputs.block_table,
+            inputs.positions,
+            inputs.slots,
+            None if rotary is None else rotary.cos,
+            None if rotary is None else rotary.sin,
+            blocks.heads,
+            blocks.scale,
+            blocks.eps,
+        )
+        return hidden
+
 
 _fakes_registered = False
 
@@ -85,4 +108,5 @@ def _register_fakes() -> None:
     fake("keypast::attend", lambda q, *rest: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]))
     fake("keypast::rms_norm", lambda x, weight, eps: x.new_empty(x.shape))
     fake("keypast::add_rms_norm", lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)))
+    fake("keypast::decoder_blocks", lambda x, *rest: x.new_empty(x.shape))
     fake("keypast::silu_gate", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))

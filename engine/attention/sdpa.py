@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Rotary
+from engine.attention.base import AttentionInputs, PackedBlocks, Rotary
 from engine.attention.mask import dense_mask
 
 
@@ -51,6 +51,11 @@ class SdpaBackend:
     def silu_gate(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(x.dtype)
+
+    def decoder_blocks(
+        self, x: Tensor, blocks: PackedBlocks, k: Tensor, v: Tensor, inputs: AttentionInputs, rotary: Rotary | None
+    ) -> Tensor | None:
+        return None
 
 
 def probabilities(

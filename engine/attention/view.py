@@ -1,11 +1,10 @@
 """A batch's window on the past: all that a layer sees of it."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Backend, Rotary
+from engine.attention.base import AttentionInputs, Backend, PackedBlocks, Rotary
 from engine.attention.sdpa import probabilities
+from engine.kv_pool import KVPool
 
 
 class KVView:
@@ -13,7 +12,7 @@ class KVView:
 
     def __init__(
         self,
-        layers: Sequence[tuple[Tensor, Tensor]],
+        pool: KVPool,
         inputs: AttentionInputs,
         backend: Backend,
         weights: list[list[Tensor]] | None = None,
@@ -21,11 +20,15 @@ class KVView:
         self.inputs = inputs
         self.backend = backend
         self.weights = weights
-        self._layers = layers
+        self._pool = pool
+
+    def decoder_blocks(self, x: Tensor, blocks: PackedBlocks, rotary: Rotary | None) -> Tensor | None:
+        """x (T, H) through every block in one call, or None: this backend wants them one by one."""
+        return self.backend.decoder_blocks(x, blocks, self._pool.k, self._pool.v, self.inputs, rotary)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, scale: float) -> Tensor:
         """Writes k and v to the layer's past, then attends over the present. Returns (T, heads * head_dim)."""
-        k_blocks, v_blocks = self._layers[layer]
+        k_blocks, v_blocks = self._pool.layers[layer]
         attended = self.backend.attend(q, k, v, k_blocks, v_blocks, self.inputs, rotary, scale)
         if self.weights is not None:
             self.weights.append(probabilities(q, k_blocks, self.inputs, rotary, scale))

@@ -1,6 +1,8 @@
 // The operators as torch sees them: checks shapes and types, fills in plain structs. The only file that reads torch.
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -152,6 +154,60 @@ Tensor silu_gate(const Tensor& input) {
   return out;
 }
 
+// A linear whose weight is in oneDNN's layout: torch's own operator, called without Python between.
+Tensor packed_linear(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias) {
+  using Call = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, c10::string_view,
+                      c10::List<optional<at::Scalar>>, optional<c10::string_view>);
+  static const auto call =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Call>();
+  static const c10::List<optional<at::Scalar>> no_scalars;
+  return call.call(x, weight.value(), bias, "none", no_scalars, "");
+}
+
+constexpr size_t per_block = 12;  // tensors a block has in `weights`, in the order in which they are read below
+
+// Every block of a decoder in one call: what engine/layers.py does one operator after another.
+Tensor decoder_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>& weights, const Tensor& k_pool,
+                      const Tensor& v_pool, const Tensor& query_start, const Tensor& past_length,
+                      const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
+                      const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, int64_t heads,
+                      double scale, double eps) {
+  TORCH_CHECK(weights.size() == per_block * k_pool.size(0), "keypast: ", weights.size(), " weights for ",
+              k_pool.size(0), " layers");
+  const int64_t tokens = embedded.size(0), kv_heads = k_pool.size(2), head_dim = k_pool.size(3);
+  Tensor x = embedded, delta, normed;
+  for (int64_t layer = 0; layer < k_pool.size(0); ++layer) {
+    size_t at = per_block * layer;
+    const auto next = [&]() -> optional<Tensor> { return weights.get(at++); };
+    const auto norm = [&](const Tensor& added) {
+      const Tensor weight = next().value();
+      if (added.defined()) {
+        std::tie(normed, x) = add_rms_norm(added, x, weight, eps);
+      } else {
+        normed = rms_norm(x, weight, eps);
+      }
+    };
+    const auto linear = [&](const Tensor& input) {
+      const optional<Tensor> weight = next(), bias = next();
+      return packed_linear(input, weight, bias);
+    };
+    const auto head_norm = [&](const Tensor& input) {
+      const optional<Tensor> weight = next();
+      return weight ? rms_norm(input, *weight, eps) : input;
+    };
+    norm(delta);
+    const Tensor qkv = linear(normed).view({tokens, heads + 2 * kv_heads, head_dim});
+    const Tensor q = head_norm(qkv.narrow(1, 0, heads)), k = head_norm(qkv.narrow(1, heads, kv_heads));
+    const Tensor v = qkv.narrow(1, heads + kv_heads, kv_heads);
+    const Tensor attended =
+        attend(q, k, v, k_pool.select(0, layer), v_pool.select(0, layer), query_start, past_length, present_length,
+               block_table, positions, slots, true, std::nullopt, std::nullopt, cos, sin, scale);
+    norm(linear(attended));
+    delta = linear(silu_gate(linear(normed)));
+  }
+  return x.add_(delta);
+}
+
 std::string isa() { return keypast::chosen().name; }
 
 std::vector<std::string> isas() {
@@ -174,6 +230,10 @@ TORCH_LIBRARY(keypast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   m.def("silu_gate(Tensor x) -> Tensor");
+  m.def(
+      "decoder_blocks(Tensor x, Tensor?[] weights, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor query_start, "
+      "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, Tensor? cos, "
+      "Tensor? sin, int heads, float scale, float eps) -> Tensor");
   m.def("isa() -> str", isa);
   m.def("isas() -> str[]", isas);
   m.def("force_isa(str name) -> ()", force_isa);
@@ -185,3 +245,5 @@ TORCH_LIBRARY_IMPL(keypast, CPU, m) {
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_gate", silu_gate);
 }
+
+TORCH_LIBRARY_IMPL(keypast, MkldnnCPU, m) { m.impl("decoder_blocks", decoder_blocks); }  // its weights decide that

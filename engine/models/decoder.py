@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.attention.base import Rotary
+from engine.attention.base import PackedBlocks, Rotary
 from engine.attention.view import KVView
 from engine.batch import Row, RowResult
 from engine.checkpoints.config import DecoderConfig
@@ -48,22 +48,40 @@ class DecoderModel(nn.Module):
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
         self.norm = _norm(config)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._eps = config.norm_eps
+        self._packed: PackedBlocks | None = None
 
     def pack(self) -> None:
         for block in self.blocks:
             assert isinstance(block, DecoderBlock)
             block.pack()
         self.head.pack()
+        self._packed = self._pack_blocks()
 
     def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
         """token_ids (T,) -> the last block's residual stream (T, H), before the final norm."""
         x: Tensor = self.embed(inputs["token_ids"])
         if self.positions is not None:
             x = x + self.positions(kv.inputs.positions)
+        if self._packed is not None:
+            hidden = kv.decoder_blocks(x, self._packed, self.rotary)
+            if hidden is not None:
+                return hidden
         delta = None
         for layer, block in enumerate(self.blocks):
             x, delta = block(x, delta, kv, layer, self.rotary)
         return x if delta is None else x + delta
+
+    def _pack_blocks(self) -> PackedBlocks | None:
+        weights: list[Tensor | None] = []
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            own = block.packed_weights()
+            if own is None:
+                return None
+            weights += own
+            attention = block.attention
+        return PackedBlocks(weights, attention.heads, attention.scale, self._eps)
 
     def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
         """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
