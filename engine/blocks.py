@@ -19,6 +19,7 @@ class BlockPool:
         self.blocks = blocks
         self._free = list(range(blocks - 1, NULL_BLOCK, -1))
         self._holders = [0] * blocks
+        self.shared = 0  # blocks with more than one holder
 
     @property
     def free(self) -> int:
@@ -27,10 +28,6 @@ class BlockPool:
     @property
     def used(self) -> int:
         return self.blocks - 1 - self.free
-
-    @property
-    def shared(self) -> int:
-        return sum(count > 1 for count in self._holders)
 
     def take(self, count: int) -> list[int] | None:
         """`count` blocks with one holder each, or None: not now."""
@@ -47,6 +44,7 @@ class BlockPool:
             if self._holders[block] == 0:
                 raise RuntimeError(f"block {block} is free and cannot be shared")
             self._holders[block] += 1
+            self.shared += self._holders[block] == 2
 
     def release(self, blocks: Iterable[int]) -> int:
         """One holder less for each; returns how many came free."""
@@ -55,6 +53,7 @@ class BlockPool:
             if self._holders[block] == 0:
                 raise RuntimeError(f"block {block} is released more often than it is held")
             self._holders[block] -= 1
+            self.shared -= self._holders[block] == 1
             if self._holders[block] == 0:
                 self._free.append(block)
                 freed += 1
@@ -75,6 +74,8 @@ class BlockPool:
                 raise RuntimeError(f"block {block} has {self._holders[block]} holders, {held[block]} tables name it")
         if len(held) + self.free + 1 != self.blocks:
             raise RuntimeError(f"{len(held)} used + {self.free} free + 1 null is not {self.blocks}")
+        if self.shared != sum(count > 1 for count in held.values()):
+            raise RuntimeError(f"{self.shared} blocks are counted as shared, the tables say otherwise")
 
     def __repr__(self) -> str:
         return f"<BlockPool {self.blocks}: {self.used} used, {self.free} free, 1 null>"

@@ -46,6 +46,6 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     blocks = options.kv_memory // block_bytes
     if blocks < 1:
         raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
-    backend = choose(options.backend, model_spec.device, options.cache_dir, progress)
+    backend = choose(options.backend, model_spec.device, options.cache_dir, options.warn, progress)
     runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size)
     return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)

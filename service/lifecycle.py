@@ -95,7 +95,9 @@ class Service:
         self._stopping = True  # what is loaded from now on is not started
         if self._worker is not None:
             if self._stopped is None:
-                self._stopped = asyncio.ensure_future(self._worker.stop(self.settings.drain_seconds))
+                self._stopped = asyncio.ensure_future(
+                    self._worker.stop(self.settings.drain_seconds, self.settings.cancel_seconds)
+                )
             await asyncio.shield(self._stopped)
 
     def _report(self, message: str) -> None:

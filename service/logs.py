@@ -29,6 +29,9 @@ def configure(level: str) -> None:
     root.propagate = False
 
 
+PROBES = {"/livez", "/readyz", "/health"}  # asked every few seconds, and of no interest when they answer
+
+
 class RequestLog:
     """The outermost layer: gives each request its id, answers what nobody caught, and writes the line.
 
@@ -67,6 +70,7 @@ class RequestLog:
             if status == 0:
                 await problem_response(Request(scope), error)(scope, receive, send_with_id)
         finally:
-            if access.isEnabledFor(logging.INFO):
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            if access.isEnabledFor(level):
                 elapsed = (time.perf_counter() - started) * 1e3
-                access.info("%s %s %s %d %.1f ms", request_id, method, scope["path"], status, elapsed)
+                access.log(level, "%s %s %s %d %.1f ms", request_id, method, scope["path"], status, elapsed)

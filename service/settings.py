@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
     ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")
     drain_seconds: float = Field(default=30.0, ge=0, description="how long running work may go on after SIGTERM")
+    cancel_seconds: float = Field(default=5.0, ge=0, description="how long generations may take to end after that")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info writes a line a request, warning does not"
     )

@@ -26,7 +26,6 @@ from engine.stats import SessionInfo
 T = TypeVar("T")
 
 WATCH_AFTER = 0.05  # seconds: whoever waits longer is watched; a step is answered sooner and spared the cost
-CANCEL_SECONDS = 5.0  # for generations to end, once they are told to
 
 logger = logging.getLogger("keypast.worker")
 
@@ -55,17 +54,18 @@ class EngineWorker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self, drain_seconds: float) -> None:
-        """Refuses new work; what runs or waits has `drain_seconds`, then generations are cut short, then all fails."""
+    async def stop(self, drain_seconds: float, cancel_seconds: float) -> None:
+        """Refuses new work; what runs or waits has `drain_seconds`, then generations are told to end and have
+        `cancel_seconds`, then everything fails."""
         self._stopping = True
         self.engine.stop()
         if await self._ends_within(drain_seconds):
             return
         for operation in self._generations:
             operation.cancelled = True
-        if not await self._ends_within(CANCEL_SECONDS):
+        if not await self._ends_within(cancel_seconds):
             self._aborting = True
-            await self._ends_within(CANCEL_SECONDS)
+            await self._ends_within(cancel_seconds)
 
     async def append(self, operation: Append, receive: Receive) -> AppendResult:
         """Raises what the engine raises, and ReaderGone."""

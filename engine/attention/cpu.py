@@ -16,8 +16,8 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, cache_dir: Path, compiler: str = "g++") -> None:
-        self.kernels: Loaded = load(cache_dir, compiler)
+    def __init__(self, cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None] | None = None) -> None:
+        self.kernels: Loaded = load(cache_dir, compiler, progress)
         _register_fakes()
         ops = torch.ops.keypast
         # Bound once: looking an operator up costs more than a small call of it.

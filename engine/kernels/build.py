@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Loaded:
 _loaded: Loaded | None = None  # operators are registered once per process, whatever the cache
 
 
-def load(cache_dir: Path, compiler: str = "g++") -> Loaded:
+def load(cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None] | None = None) -> Loaded:
     """Loads the kernels, building them first unless `cache_dir` holds them. Raises KernelUnavailable."""
     global _loaded
     if _loaded is None:
@@ -55,6 +56,8 @@ def load(cache_dir: Path, compiler: str = "g++") -> Loaded:
         library = cache_dir / "kernels" / digest() / LIBRARY
         built = not library.exists()
         if built:
+            if progress is not None:
+                progress("building the CPU kernels, once, some 20 s")
             build(library, compiler)
         try:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]

@@ -160,10 +160,9 @@ async def test_drain_cuts_generations_short(start: Start, stream: bool) -> None:
     assert 5 <= length < 20
 
 
-async def test_what_waits_when_the_time_is_up_is_refused(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_waits_when_the_time_is_up_is_refused(start: Start) -> None:
     """An append that waits for blocks ends with 503, before the pool's own deadline."""
-    monkeypatch.setattr("service.worker.CANCEL_SECONDS", 0.05)
-    running = await start(blocks=4, settings={"drain_seconds": 0.05})
+    running = await start(blocks=4, settings={"drain_seconds": 0.05, "cancel_seconds": 0.05})
     await running.prefilled(DECODER, 12)
     path = f"/v1/sessions/{await running.session('letters')}/prefill"
     append = asyncio.create_task(running.client.post(path, json=DECODER.json(5)))
