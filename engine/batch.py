@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.session import Sequence, Session
+from engine.session import Session
 from engine.stats import SessionInfo
 
 Array = NDArray[Any]
@@ -186,7 +186,6 @@ class Row:
 
     work: Work
     index: int
-    sequence: Sequence
     start: int
     stop: int
     table: array[int]

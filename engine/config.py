@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`kv_memory` (bytes) is shared out among the pools; the rest bounds one turn of the engine and its queues."""
+    """Bounds of one turn of the engine and of its queues."""
 
-    kv_memory: int = 1 << 30
     block_size: int = 16  # positions a block; 16 keys fill one AVX-512 register
     max_rows: int = 256  # rows of one batch
     token_budget: int = 512  # new positions of one batch; a longer causal append runs in chunks of at most this

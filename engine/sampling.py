@@ -12,9 +12,9 @@ CANDIDATES = 1024  # top_p looks at so many first: sorting a whole vocabulary ta
 
 
 def draw(
-    logits: Tensor, samples: Sequence[Sample], histories: Sequence[Tensor], keys: Sequence[tuple[int, int]]
+    logits: Tensor, samples: Sequence[Sample], histories: Sequence[Tensor | None], keys: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Token ids (R,) int64 from logits (R, V) float32; `histories`, each row's ids so far; `keys`, (row, position)."""
+    """Token ids (R,) int64 from logits (R, V) float32; `histories`, ids so far, if penalised; `keys`, (row, at)."""
     if all(sample.temperature == 0 and sample.repetition_penalty == 1 for sample in samples):
         return _argmax(logits)
     rows = zip(logits, samples, histories, keys, strict=True)
@@ -26,8 +26,8 @@ def _argmax(logits: Tensor) -> Tensor:
     return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
-def _draw_one(logits: Tensor, sample: Sample, history: Tensor, key: tuple[int, int]) -> Tensor:
-    if sample.repetition_penalty != 1:
+def _draw_one(logits: Tensor, sample: Sample, history: Tensor | None, key: tuple[int, int]) -> Tensor:
+    if history is not None:
         logits = _penalise(logits, history, sample.repetition_penalty)
     if sample.temperature == 0:
         return logits.argmax(-1)

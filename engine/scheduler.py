@@ -23,9 +23,6 @@ class Scheduler:
         self._causal = causal
         self._queue: list[Work] = []
 
-    def __len__(self) -> int:
-        return len(self._queue)
-
     def add(self, work: Work) -> None:
         session = work.session
         work.past_length = session.valid_length
@@ -142,7 +139,6 @@ class Scheduler:
                 Row(
                     work=work,
                     index=index,
-                    sequence=sequence,
                     start=start,
                     stop=start + count,
                     table=array("i", sequence.block_table),

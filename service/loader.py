@@ -30,7 +30,6 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
     )
     models = {name: load_model(name, spec, options, progress) for name, spec in settings.models.items()}
     config = EngineConfig(
-        kv_memory=memory,
         block_size=settings.block_size,
         max_rows=settings.max_rows,
         token_budget=settings.token_budget,

@@ -106,16 +106,17 @@ class DecoderModel(nn.Module):
         return out.float()
 
     def _last_outputs(self, logits: Tensor, rows: list[Row], results: list[RowResult]) -> None:
-        drawing = [index for index, row in enumerate(rows) if row.work.want.sample is not None]
+        samples = {index: row.work.want.sample for index, row in enumerate(rows) if row.work.want.sample is not None}
+        drawing = list(samples)
         if drawing:
-            at = logits if len(drawing) == len(rows) else logits[drawing]
-            chosen = [rows[index] for index in drawing]
-            samples = [row.work.want.sample for row in chosen]
             tokens = draw(
-                at,
-                [sample for sample in samples if sample is not None],
-                [_history(row) for row in chosen],
-                [(row.index, row.stop) for row in chosen],
+                logits if len(drawing) == len(rows) else logits[drawing],
+                list(samples.values()),
+                [
+                    _history(rows[index]) if sample.repetition_penalty != 1 else None
+                    for index, sample in samples.items()
+                ],
+                [(rows[index].index, rows[index].stop) for index in drawing],
             )
             for index, token in zip(drawing, tokens.tolist(), strict=True):
                 results[index].once["next_token"] = token
