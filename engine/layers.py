@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.attention.base import Backend, Rotary
-from engine.attention.view import KVView
+from engine.attention.base import Backend, KVView, Rotary, Scoring
+from engine.attention.dense import DenseView, Past, check_lengths
+from engine.attention.mask import attending
+from engine.errors import InvalidInput
 
 
 class Linear(nn.Linear):
@@ -20,11 +22,16 @@ class Linear(nn.Linear):
     packed: Tensor | None = None
 
     def pack(self) -> None:
-        if self.weight.device.type == "cpu" and self.weight.dtype in (torch.bfloat16, torch.float32):
-            weight = self.weight.detach()
-            # 16 is a hint of rows to come; the layout it picks serves every number of rows (1 or 128 was slower).
-            self.packed = torch.ops.mkldnn._reorder_linear_weight.default(weight, 16)
-            self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        if self.weight.device.type != "cpu":
+            return
+        weight = self.weight.detach()
+        # float16 products are some twenty times slower here than float32 ones, which hold every float16 exactly.
+        wide = weight.float() if weight.dtype == torch.float16 else weight
+        # 16 is a hint of rows to come; the layout it picks serves every number of rows (1 or 128 was slower).
+        self.packed = torch.ops.mkldnn._reorder_linear_weight.default(wide, 16)
+        self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.detach().to(wide.dtype), requires_grad=False)
 
     @classmethod
     def fused(cls, parts: Sequence["Linear"]) -> "Linear":
@@ -42,9 +49,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is None:
-            return F.linear(input, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(input, self.packed, self.bias, "none", [], "")
-        return out
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return F.linear(input, self.weight.to(input.dtype), bias)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+            input.to(self.packed.dtype), self.packed, self.bias, "none", [], ""
+        )
+        return out.to(input.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -71,7 +81,10 @@ class LayerNorm(nn.LayerNorm):
 class MultiHeadAttention(nn.Module):
     """Projects, hands q, k, v to the KV view, projects back. heads is a multiple of kv_heads.
 
-    `qk_norm`: an RMSNorm over each head's channels of q and k, before the rotation, with this eps.
+    `kdim`, `vdim`: widths of key and value where they are not hidden_size. `bias_kv`: one learnt key and value more;
+    `zero_attn`: one of zeros more (torch's add_bias_kv and add_zero_attn). `qk_norm`: an RMSNorm over each head's
+    channels of q and k, before the rotation, with this eps. Products run in `compute_dtype`, in which the output comes,
+    the softmax in `softmax_dtype`. Dropout, of probabilities and of the output, acts in training mode only.
     """
 
     def __init__(
@@ -81,21 +94,36 @@ class MultiHeadAttention(nn.Module):
         *,
         kv_heads: int | None = None,
         head_dim: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
         qkv_bias: bool = True,
         output_bias: bool = True,
+        bias_kv: bool = False,
+        zero_attn: bool = False,
         qk_norm: float | None = None,
+        attention_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        compute_dtype: torch.dtype = torch.float16,
+        softmax_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim = head_dim or hidden_size // heads
-        self.scale = self.head_dim**-0.5
+        kv_size = self.kv_heads * self.head_dim
         self.q_proj = Linear(hidden_size, self.heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = Linear(hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = Linear(hidden_size, self.kv_heads * self.head_dim, bias=qkv_bias)
+        self.k_proj = Linear(kdim or hidden_size, kv_size, bias=qkv_bias)
+        self.v_proj = Linear(vdim or hidden_size, kv_size, bias=qkv_bias)
         self.o_proj = Linear(self.heads * self.head_dim, hidden_size, bias=output_bias)
         self.q_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
         self.k_norm = None if qk_norm is None else RMSNorm(self.head_dim, qk_norm)
+        self.bias_k = nn.Parameter(torch.zeros(kv_size)) if bias_kv else None
+        self.bias_v = nn.Parameter(torch.zeros(kv_size)) if bias_kv else None
+        self.zero_attn = zero_attn
+        self.attention_dropout, self.output_dropout = attention_dropout, output_dropout
+        self.compute_dtype, self.softmax_dtype = compute_dtype, softmax_dtype
+        self.scale = self.head_dim**-0.5
         self.qkv: Linear | None = None
+        self._packed_scoring: Scoring | None = None
 
     def pack(self, *, self_attention: bool) -> None:
         """`self_attention`: query, key and value will always be one tensor, so one linear gives all three."""
@@ -105,27 +133,100 @@ class MultiHeadAttention(nn.Module):
             for linear in (self.q_proj, self.k_proj, self.v_proj):
                 linear.pack()
         self.o_proj.pack()
+        self._packed_scoring = self.scoring
+
+    @property
+    def scoring(self) -> Scoring:
+        if self._packed_scoring is not None:
+            return self._packed_scoring
+        dropout = self.attention_dropout if self.training else 0.0
+        return Scoring(self.scale, self._extra(self.bias_k), self._extra(self.bias_v), self.softmax_dtype, dropout)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, kv: KVView, layer: int = 0, rotary: Rotary | None = None
     ) -> Tensor:
-        """query, key, value (T, hidden_size) -> (T, hidden_size)."""
+        """query (..., hidden_size), key (..., kdim), value (..., vdim) -> (..., hidden_size) in compute_dtype.
+
+        The axes before the last are the view's: (T,) packed for blocks, (B, n) for pasts that are plain tensors.
+        """
         q, k, v = self._project(query, key, value)
-        q = q.view(-1, self.heads, self.head_dim)
-        k = k.view(-1, self.kv_heads, self.head_dim)
-        v = v.view(-1, self.kv_heads, self.head_dim)
+        q = q.view(*q.shape[:-1], self.heads, self.head_dim)
+        k = k.view(*k.shape[:-1], self.kv_heads, self.head_dim)
+        v = v.view(*v.shape[:-1], self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, _ = self.q_norm(q, None, kv.backend)
             k, _ = self.k_norm(k, None, kv.backend)
-        out: Tensor = self.o_proj(kv.attend(layer, q, k, v, rotary, self.scale))
-        return out
+        out: Tensor = self.o_proj(kv.attend(layer, q, k, v, rotary, self.scoring))
+        return F.dropout(out, self.output_dropout) if self.training and self.output_dropout else out
+
+    def stateless(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        past: Past | None = None,
+        batch_valid_length: Tensor | None = None,
+        causal: bool = False,
+        rotary: Rotary | None = None,
+        need_weights: bool = False,
+        average_attn_weights: bool = True,
+        in_place: bool = False,
+    ) -> tuple[Tensor, Past, Tensor | None]:
+        """Past in, present out: (attn_out (B, n, hidden_size), present, probabilities or None). Those are
+        (B, heads, n, T + E), or (B, n, T + E) averaged.
+
+        query (B, n, hidden_size), key (B, m, kdim), value (B, m, vdim); query alone reads the past and appends nothing.
+        attention_mask (B, n, T) or (B, heads, n, T), 1 = attend: over the past's T slots, or without one the m keys.
+        batch_valid_length (B,): each row's length after the call, of its m new positions; default: all of them.
+        in_place: the past's own tensors are written and lengths are not read on the host, so that the call can be
+        captured; a position beyond the last slot is then dropped, and it is for the caller to keep count.
+
+        Raises InvalidInput, LengthExceeded.
+        """
+        if (key is None) != (value is None):
+            raise InvalidInput("value" if value is None else "key", "key and value come together, or not at all")
+        key = query.new_empty(query.shape[0], 0, self.k_proj.in_features) if key is None else key
+        value = query.new_empty(query.shape[0], 0, self.v_proj.in_features) if value is None else value
+        if past is not None and not in_place:
+            check_lengths(past, key.shape[1], batch_valid_length)
+        new = batch_valid_length
+        if past is not None and batch_valid_length is not None:
+            new = batch_valid_length - past.length
+        bias = None if attention_mask is None else attending(attention_mask)
+        if bias is not None and bias.dim() == 3:
+            bias = bias[:, None]
+        view = DenseView(bias=bias, past=past, new=new, causal=causal, in_place=in_place, need_weights=need_weights)
+        out = self(query, key, value, view, rotary=rotary)
+        assert view.present is not None  # the call has set it
+        weights = view.weights
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        return out, view.present, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = self.compute_dtype
         if self.qkv is None:
-            return self.q_proj(query), self.k_proj(key), self.v_proj(value)
+            return self.q_proj(query.to(dtype)), self.k_proj(key.to(dtype)), self.v_proj(value.to(dtype))
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        q, k, v = torch.split(self.qkv(query), sizes, dim=-1)
+        q, k, v = torch.split(self.qkv(query.to(dtype)), sizes, dim=-1)
         return q, k, v
+
+    def _extra(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's own keys, or values: (E, kv_heads, head_dim), float32 at least."""
+        if bias is None and not self.zero_attn:
+            return None
+        dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        zeros = torch.zeros(int(self.zero_attn), self.kv_heads, self.head_dim, dtype=dtype, device=self._device)
+        if bias is None:
+            return zeros
+        rounded = bias.to(self.compute_dtype).to(dtype).view(1, self.kv_heads, self.head_dim)
+        return torch.cat([rounded, zeros]).contiguous()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.o_proj.weight.device
 
 
 class FeedForward(nn.Module):
@@ -181,7 +282,8 @@ class DecoderBlock(nn.Module):
         norms = [self.attention_norm, self.feed_forward_norm]
         linears = [attention.qkv, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj]
         if not all(isinstance(norm, RMSNorm) for norm in norms) or any(
-            linear is None or linear.packed is None for linear in linears
+            linear is None or linear.packed is None or linear.packed.dtype != attention.compute_dtype
+            for linear in linears
         ):
             return None
         qkv, o_proj, gate_up, down_proj = ([linear.packed, linear.bias] for linear in linears if linear is not None)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from engine.attention.base import AttentionInputs, Backend
 from engine.attention.mask import ragged_bias
-from engine.attention.view import KVView
+from engine.attention.view import PagedView
 from engine.batch import Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK
 from engine.kv_pool import KVPool
@@ -31,7 +31,7 @@ class ModelRunner:
         computed = [row for row in batch.rows if row.count or row.replay]
         starts = self._starts(batch.rows)
         weights: list[list[Tensor]] | None = [] if any(row.work.want.need_weights for row in batch.rows) else None
-        view = KVView(self._pool, self._prepare(computed), self.backend, weights)
+        view = PagedView(self._pool, self._prepare(computed), self.backend, weights)
         if not computed:  # peeks that have their tails
             return self.model.outputs(torch.empty(0), batch.rows, starts, view)
         hidden = self.model.forward(self._inputs(computed), view)

@@ -1,20 +1,22 @@
 """The seam between a layer and the past: a layer hands over q, k, v and gets the attended output.
 
-Layouts (R rows, T new positions of all rows packed, W blocks in the widest table):
+Layouts (R rows, T queries and S new keys of all rows packed, W blocks in the widest table):
 
     q          (T, heads, head_dim)       any strides, last axis contiguous
-    k, v       (T, kv_heads, head_dim)    likewise; query head h reads kv head h // (heads / kv_heads)
+    k, v       (S, kv_heads, head_dim)    likewise; query head h reads kv head h // (heads / kv_heads)
     K blocks   (blocks, kv_heads, head_dim, block_size)    keys transposed inside a block: a vector register holds one
                                                            channel of many keys, so scores need no horizontal sums
     V blocks   (blocks, kv_heads, block_size, head_dim)
 
-Row r owns packed positions [query_start[r], query_start[r+1]); its query i stands at absolute position
-past_length[r] + i and sees keys [0, past_length[r] + i] when `causal`, else [0, present_length[r]).
+Row r owns queries [query_start[r], query_start[r+1]); its query i stands at absolute position past_length[r] + i and
+sees keys [0, past_length[r] + i] when `causal`, else [0, present_length[r]). S = T unless a row brings queries alone
+(cross-attention over keys that are there) or keys alone.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -26,8 +28,8 @@ class AttentionInputs:
     past_length: Tensor  # int32 (R,)
     present_length: Tensor  # int32 (R,)
     block_table: Tensor  # int32 (R, W), padded with the null block
-    positions: Tensor  # int64 (T,) absolute position of each packed position
-    slots: Tensor  # int64 (T,) block * block_size + offset that its K and V are written to
+    positions: Tensor  # int64 (T,) absolute position of each query; with rotary S = T, and of each key
+    slots: Tensor  # int64 (S,) block * block_size + offset that each new key and value is written to
     causal: bool
     bias: Tensor | None = None  # float32, added to scores: each row's (n_r, present_length[r]), flattened, end to end
     bias_start: Tensor | None = None  # int64 (R + 1,) offsets into `bias`
@@ -40,6 +42,22 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer weighs keys: softmax(q.k * scale + mask) in `softmax_dtype`, over the past and the layer's own keys.
+
+    `extra_k`, `extra_v`: float32 (E, kv_heads, head_dim), keys and values that every query sees besides the past and no
+    mask hides (add_bias_kv, add_zero_attn); they have no position. In probabilities they are the last E columns.
+    `dropout`: of probabilities, in training only.
+    """
+
+    scale: float
+    extra_k: Tensor | None = None
+    extra_v: Tensor | None = None
+    softmax_dtype: torch.dtype = torch.float32
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,18 @@ class PackedBlocks:
     eps: float
 
 
+class KVView(Protocol):
+    """What a layer sees of the past, wherever that is kept."""
+
+    @property
+    def backend(self) -> "Backend": ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, scoring: Scoring) -> Tensor:
+        """q (..., heads, head_dim), k and v (..., kv_heads, head_dim): writes k and v to the layer's past, then attends
+        over the present. Returns (..., heads * head_dim)."""
+        ...
+
+
 class Backend(Protocol):
     """What stands between a layer's linears. Chosen once at start; `sdpa` is the slow truth of every other one."""
 
@@ -70,11 +100,11 @@ class Backend(Protocol):
         v_blocks: Tensor,
         inputs: AttentionInputs,
         rotary: Rotary | None,
-        scale: float,
+        scoring: Scoring,
     ) -> Tensor:
         """Rotate q and k, write k and v to `inputs.slots`, attend. Returns (T, heads * head_dim) in q's dtype.
 
-        Scores are q.k * scale in float32; a query whose every key is masked (-inf bias) gives zeros. Slots that hold no
+        Scores are in float32 at least; a query whose every key is masked (-inf bias) gives zeros. Slots that hold no
         valid position may contain anything, NaN too, and must not reach the output."""
         ...
 

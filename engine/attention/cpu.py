@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, PackedBlocks, Rotary
+from engine.attention.base import AttentionInputs, PackedBlocks, Rotary, Scoring
 from engine.kernels.build import Loaded, load
 
 
@@ -39,7 +39,7 @@ class CpuBackend:
         v_blocks: Tensor,
         inputs: AttentionInputs,
         rotary: Rotary | None,
-        scale: float,
+        scoring: Scoring,
     ) -> Tensor:
         attended: Tensor = self._attend(
             q,
@@ -58,7 +58,7 @@ class CpuBackend:
             inputs.bias_start,
             None if rotary is None else rotary.cos,
             None if rotary is None else rotary.sin,
-            scale,
+            scoring.scale,
         )
         return attended
 

@@ -31,6 +31,28 @@ def ragged_bias(
     return torch.from_numpy(bias), torch.from_numpy(start)
 
 
+def attending(mask: Tensor) -> Tensor:
+    """Ours: 1 or True = attend. What is added to scores, float32: 0 where a key is seen, -inf where it is not."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
+
+
+def dense_bias(bias: Tensor | None, length: Tensor | None, positions: Tensor | None, keys: int) -> Tensor | None:
+    """What is added to scores over plain tensors, (B or 1, heads or 1, n or 1, keys): `bias`, and -inf for keys at or
+    beyond their row's `length` (B,), and for keys behind the query's own place where `positions` (B, n) are given."""
+    at = torch.arange(keys, device=None if length is None else length.device)
+    hidden = None
+    if length is not None:
+        hidden = (at >= length[:, None])[:, None, None, :]
+    if positions is not None:
+        ahead = (at.to(positions.device) > positions[:, :, None])[:, None]
+        hidden = ahead if hidden is None else hidden | ahead
+    if hidden is None:
+        return bias
+    if bias is None:
+        bias = torch.zeros((), device=hidden.device)
+    return torch.where(hidden, -torch.inf, bias)
+
+
 def dense_mask(inputs: AttentionInputs, row: int) -> Tensor:
     """What the row adds to its scores: float32 (n_r, present_length[r]), 0 where a key is seen as it is."""
     start, stop = int(inputs.query_start[row]), int(inputs.query_start[row + 1])

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, PackedBlocks, Rotary
+from engine.attention.base import AttentionInputs, PackedBlocks, Rotary, Scoring
 from engine.attention.mask import dense_mask
+from engine.attention.softmax import probabilities, with_extra
 
 
 class SdpaBackend:
@@ -24,22 +25,24 @@ class SdpaBackend:
         v_blocks: Tensor,
         inputs: AttentionInputs,
         rotary: Rotary | None,
-        scale: float,
+        scoring: Scoring,
     ) -> Tensor:
         q, k = rotate(q, rotary, inputs.positions), rotate(k, rotary, inputs.positions)
         write(k, v, k_blocks, v_blocks, inputs.slots)
         out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
         for row, queries in _rows(inputs):
+            heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
             keys, values = _gather_keys(k_blocks, inputs, row), _gather_values(v_blocks, inputs, row)
+            keys, values, bias = with_extra(keys, values, dense_mask(inputs, row), scoring)
             group = q.shape[1] // keys.shape[0]
-            attended = F.scaled_dot_product_attention(
-                q[queries].transpose(0, 1).float(),  # (heads, n, d)
-                keys.repeat_interleave(group, 0).transpose(1, 2),
-                values.repeat_interleave(group, 0),
-                attn_mask=dense_mask(inputs, row),
-                scale=scale,
-            )
-            out[queries] = attended.nan_to_num(0.0).transpose(0, 1)
+            keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
+            if scoring.softmax_dtype == torch.float32:
+                attended = F.scaled_dot_product_attention(
+                    heads, keys.transpose(1, 2), values, attn_mask=bias, scale=scoring.scale
+                ).nan_to_num(0.0)
+            else:
+                attended = probabilities(heads, keys, bias, scoring) @ values
+            out[queries] = attended.transpose(0, 1)
         return out.flatten(1).to(v.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -58,26 +61,27 @@ class SdpaBackend:
         return None
 
 
-def probabilities(
-    q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scale: float
+def paged_probabilities(
+    q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
 ) -> list[Tensor]:
-    """What `attend` weighs the values with, once the keys are written: float32 (heads, n_r, present_length) a row."""
+    """What `attend` weighs the values with, once the keys are written: a row's (heads, n_r, present_length + E)."""
     q = rotate(q, rotary, inputs.positions)
     rows = []
     for row, queries in _rows(inputs):
-        keys = _gather_keys(k_blocks, inputs, row)
         heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
-        scores = (heads * scale) @ keys.repeat_interleave(heads.shape[0] // keys.shape[0], 0)
-        rows.append(torch.softmax(scores + dense_mask(inputs, row), dim=-1).nan_to_num(0.0))
+        keys = _gather_keys(k_blocks, inputs, row)
+        keys, _, bias = with_extra(keys, None, dense_mask(inputs, row), scoring)
+        keys = keys.repeat_interleave(heads.shape[0] // keys.shape[0], 0)
+        rows.append(probabilities(heads, keys, bias, scoring))
     return rows
 
 
 def rotate(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
-    """x (T, heads, d) with its first channels rotated by position: float32; x itself without tables."""
+    """x (..., heads, d) with its first channels rotated by `positions` (...): float32; x itself without tables."""
     if rotary is None:
         return x
     half = rotary.cos.shape[1]
-    cos, sin = rotary.cos[positions, None], rotary.sin[positions, None]  # (T, 1, half)
+    cos, sin = rotary.cos[positions].unsqueeze(-2), rotary.sin[positions].unsqueeze(-2)  # (..., 1, half)
     first, second, rest = torch.split(x.float(), [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 

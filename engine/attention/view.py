@@ -1,14 +1,14 @@
-"""A batch's window on the past: all that a layer sees of it."""
+"""A batch's window on the blocks: all that a layer sees of them."""
 
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Backend, PackedBlocks, Rotary
-from engine.attention.sdpa import probabilities
+from engine.attention.base import AttentionInputs, Backend, PackedBlocks, Rotary, Scoring
+from engine.attention.sdpa import paged_probabilities
 from engine.kv_pool import KVPool
 
 
-class KVView:
-    """`weights`: when given, every `attend` adds its probabilities, a list of (heads, n_r, present_length[r]) a row."""
+class PagedView:
+    """`weights`: when given, every `attend` adds its probabilities: a row's are (heads, n_r, present_length[r] + E)."""
 
     def __init__(
         self,
@@ -26,10 +26,10 @@ class KVView:
         """x (T, H) through every block in one call, or None: this backend wants them one by one."""
         return self.backend.decoder_blocks(x, blocks, self._pool.k, self._pool.v, self.inputs, rotary)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, scale: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary | None, scoring: Scoring) -> Tensor:
         """Writes k and v to the layer's past, then attends over the present. Returns (T, heads * head_dim)."""
         k_blocks, v_blocks = self._pool.layers[layer]
-        attended = self.backend.attend(q, k, v, k_blocks, v_blocks, self.inputs, rotary, scale)
+        attended = self.backend.attend(q, k, v, k_blocks, v_blocks, self.inputs, rotary, scoring)
         if self.weights is not None:
-            self.weights.append(probabilities(q, k_blocks, self.inputs, rotary, scale))
+            self.weights.append(paged_probabilities(q, k_blocks, self.inputs, rotary, scoring))
         return attended

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from engine.attention.view import KVView
+from engine.attention.view import PagedView
 from engine.batch import Row, RowResult
 from engine.errors import InvalidInput
 from engine.layers import MultiHeadAttention
@@ -42,17 +42,15 @@ class AttentionModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.layer = layer
-        self._dtype = getattr(torch, spec.dtype)
 
     def pack(self) -> None:
         self.layer.pack(self_attention=False)
 
-    def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
-        query, key, value = (inputs[name].to(self._dtype) for name in ("query", "key", "value"))
-        out: Tensor = self.layer(query, key, value, kv)
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
+        out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv)
         return out
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
+    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
         """attn_out in the query's dtype; attn_weights (N, n, T), or (n, T) averaged over the N heads."""
         if not torch.isfinite(hidden).all():
             raise InvalidInput("value", f"keys or values overflow the {self.spec.kv.dtype} past; scale the inputs down")

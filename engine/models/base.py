@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.attention.view import KVView
+from engine.attention.view import PagedView
 from engine.batch import Row, RowResult
 from engine.errors import InvalidInput
 from engine.specs import DTYPE_BYTES, ModelSpec
@@ -20,11 +20,11 @@ Progress = Callable[[str], None]
 class Model(Protocol):
     spec: ModelSpec
 
-    def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
         """The inputs of all rows, packed along positions (T, ...) -> hidden states (T, H)."""
         ...
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
+    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
         """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + max(count, replay)]."""
         ...
 

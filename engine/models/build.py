@@ -39,7 +39,7 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
         options = dataclasses.replace(options, dtype=given["dtype"])
     device, dtype = options.resolve()
     with torch.device("meta"):
-        layer = MultiHeadAttention(hidden, heads)
+        layer = MultiHeadAttention(hidden, heads, compute_dtype=dtype)
     if given["weights"]:
         progress(f"{name}: reading {given['weights']}")
         tensors = _read_weights(Path(given["weights"]), layer)

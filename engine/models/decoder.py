@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.attention.base import PackedBlocks, Rotary
-from engine.attention.view import KVView
+from engine.attention.view import PagedView
 from engine.batch import Row, RowResult
 from engine.checkpoints.config import DecoderConfig
 from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm
@@ -45,7 +45,7 @@ class DecoderModel(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.positions = nn.Embedding(config.max_length, config.hidden_size) if learned else None
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(_block(config, getattr(torch, spec.dtype)) for _ in range(config.layers))
         self.norm = _norm(config)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._eps = config.norm_eps
@@ -58,7 +58,7 @@ class DecoderModel(nn.Module):
         self.head.pack()
         self._packed = self._pack_blocks()
 
-    def forward(self, inputs: dict[str, Tensor], kv: KVView) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
         """token_ids (T,) -> the last block's residual stream (T, H), before the final norm."""
         x: Tensor = self.embed(inputs["token_ids"])
         if self.positions is not None:
@@ -83,7 +83,7 @@ class DecoderModel(nn.Module):
             attention = block.attention
         return PackedBlocks(weights, attention.heads, attention.scale, self._eps)
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: KVView) -> list[RowResult]:
+    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
         """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
         ends = [start + max(row.count, int(row.replay)) for row, start in zip(rows, starts, strict=True)]
         tails = torch.stack(
@@ -99,7 +99,7 @@ class DecoderModel(nn.Module):
                 result.positions["logits"] = self._logits(hidden[start : start + row.count], kv).cpu().numpy()
         return results
 
-    def _logits(self, hidden: Tensor, kv: KVView) -> Tensor:
+    def _logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
         """hidden (R, H) -> float32 (R, V)."""
         normed, _ = self.norm(hidden, None, kv.backend)
         out: Tensor = self.head(normed)
@@ -145,7 +145,7 @@ def _history(row: Row) -> Tensor:
     return torch.from_numpy(np.concatenate([past, appended]))
 
 
-def _block(config: DecoderConfig) -> DecoderBlock:
+def _block(config: DecoderConfig, dtype: torch.dtype) -> DecoderBlock:
     attention = MultiHeadAttention(
         config.hidden_size,
         config.heads,
@@ -154,6 +154,7 @@ def _block(config: DecoderConfig) -> DecoderBlock:
         qkv_bias=config.qkv_bias,
         output_bias=config.output_bias,
         qk_norm=config.norm_eps if config.qk_norm else None,
+        compute_dtype=dtype,
     )
     feed_forward = FeedForward(config.hidden_size, config.intermediate_size, config.activation, bias=config.mlp_bias)
     return DecoderBlock(_norm(config), attention, _norm(config), feed_forward)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Rotary
+from engine.attention.base import AttentionInputs, Rotary, Scoring
 from engine.attention.cpu import CpuBackend
 from engine.kernels import build
 
@@ -73,7 +73,7 @@ class World:
     def attend(self, backend: CpuBackend = CPU) -> Tensor:
         """Runs on copies of the pools, so that a world can be run again."""
         pools = self.k_blocks.clone(), self.v_blocks.clone()
-        return backend.attend(self.q, self.k, self.v, *pools, self.inputs, self.rotary, self.scale)
+        return backend.attend(self.q, self.k, self.v, *pools, self.inputs, self.rotary, Scoring(self.scale))
 
 
 def make(case: Case) -> World:
@@ -276,7 +276,7 @@ def test_any_batch(
 
 def test_writes_the_pools() -> None:
     w = make(Case((5, 0), (2, 18), head_dim=24, rotary_dim=10, dtype=torch.bfloat16, cache_dtype=torch.float16))
-    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, w.rotary, w.scale)
+    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, w.rotary, Scoring(w.scale))
     block, offset = w.inputs.slots // 16, w.inputs.slots % 16
     rotated_k = rotated(w.k, w.inputs.positions, w.rotary).half()
     assert torch.equal(w.k_blocks[block, :, :, offset], rotated_k), "float32 rotation, then one rounding"
@@ -286,7 +286,7 @@ def test_writes_the_pools() -> None:
 def test_padding_positions_write_to_the_null_block_and_give_zeros() -> None:
     w = make(Case((40, 0), (1, 0)))
     w.inputs = replace(w.inputs, slots=torch.zeros(1, dtype=torch.int64), query_start=torch.zeros(3, dtype=torch.int32))
-    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, None, w.scale)
+    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, None, Scoring(w.scale))
     assert torch.equal(w.k_blocks[0, :, :, 0], w.k[0])
     w.k_blocks[0].fill_(torch.nan)
     assert torch.equal(w.attend(), torch.zeros(1, w.q.shape[1] * w.q.shape[2]))
@@ -344,7 +344,7 @@ def in_chunks(w: World, sizes: list[int]) -> Tensor:
             positions=w.inputs.positions[new],
             slots=w.inputs.slots[new],
         )
-        parts.append(CPU.attend(w.q[new], w.k[new], w.v[new], k_blocks, v_blocks, inputs, w.rotary, w.scale))
+        parts.append(CPU.attend(w.q[new], w.k[new], w.v[new], k_blocks, v_blocks, inputs, w.rotary, Scoring(w.scale)))
         start += n
     return torch.cat(parts)
 
@@ -490,7 +490,7 @@ def test_half_precision_conversions_are_exact(isa: str) -> None:
             inputs = AttentionInputs(
                 n.new_zeros(2), n, n, n[None], torch.zeros(1024).long(), torch.arange(1024), causal=True
             )
-            CPU.attend(v, v, v, k_blocks, v_blocks, inputs, None, 1.0)
+            CPU.attend(v, v, v, k_blocks, v_blocks, inputs, None, Scoring(1.0))
             torch.testing.assert_close(v_blocks.flatten(), source.to(half), rtol=0, atol=0, equal_nan=True)
             back = CPU.rms_norm(v_blocks.view(1024, 64), torch.ones(64), 1e-5, torch.zeros(1024, 64, dtype=half))[1]
             torch.testing.assert_close(back.flatten(), v_blocks.flatten() + 0, rtol=0, atol=0, equal_nan=True)
