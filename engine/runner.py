@@ -1,4 +1,6 @@
-"""Owns the device: a batch becomes tensors, one forward pass, results. Decides nothing."""
+"""Owns the device: a batch becomes a plan, one forward pass, results. Decides nothing."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -7,11 +9,29 @@ from torch import Tensor
 from engine.attention.base import AttentionInputs, Backend
 from engine.attention.mask import ragged_bias
 from engine.attention.view import PagedView
-from engine.batch import Batch, Row, RowResult
+from engine.batch import Array, Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK
 from engine.kv_pool import KVPool
 from engine.models.base import Model
 from engine.specs import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One forward pass as plain arrays: all that a process must know that holds a share of the model and of its pool.
+
+    `attention`: fields of AttentionInputs by name. `inputs`: the model's, packed (T, ...); T = 0 when every row is a
+    peek that has its tail, and then no forward pass is made.
+    """
+
+    copies: list[tuple[int, int]]
+    attention: dict[str, Array]
+    inputs: dict[str, Array]
+    need_weights: bool
+
+    @property
+    def positions(self) -> int:
+        return len(self.attention["positions"])
 
 
 class ModelRunner:
@@ -25,19 +45,31 @@ class ModelRunner:
         self._block_size = block_size
         self._pool = KVPool(model.spec.kv, blocks, block_size, model.spec.device)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> list[RowResult]:
-        self._pool.copy(batch.copies)
-        computed = [row for row in batch.rows if row.count or row.replay]
-        starts = self._starts(batch.rows)
-        weights: list[list[Tensor]] | None = [] if any(row.work.want.need_weights for row in batch.rows) else None
-        view = PagedView(self._pool, self._prepare(computed), self.backend, weights)
-        if not computed:  # peeks that have their tails
-            return self.model.outputs(torch.empty(0), batch.rows, starts, view)
-        hidden = self.model.forward(self._inputs(computed), view)
-        return self.model.outputs(hidden, batch.rows, starts, view)
+        return self.outputs(batch, *self.execute(self.plan(batch)))
 
-    def _prepare(self, rows: list[Row]) -> AttentionInputs:
+    def plan(self, batch: Batch) -> Plan:
+        computed = [row for row in batch.rows if row.count or row.replay]
+        need_weights = any(row.work.want.need_weights for row in batch.rows)
+        return Plan(batch.copies, self._attention(computed), self._inputs(computed), need_weights)
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> tuple[Tensor, PagedView]:
+        """The blocks' copies and the forward pass: hidden states (T, H), and the view that they were computed over."""
+        self._pool.copy(plan.copies)
+        attention = {name: self._tensor(array) for name, array in plan.attention.items()}
+        inputs = AttentionInputs(causal=self.spec.causal, **attention)
+        view = PagedView(self._pool, inputs, self.backend, [] if plan.need_weights else None)
+        if not plan.positions:
+            return torch.empty(0), view
+        return self.model.forward({name: self._tensor(array) for name, array in plan.inputs.items()}, view), view
+
+    @torch.inference_mode()
+    def outputs(self, batch: Batch, hidden: Tensor, view: PagedView) -> list[RowResult]:
+        """A result a row, in order."""
+        return self.model.outputs(hidden, batch.rows, self._starts(batch.rows), view)
+
+    def _attention(self, rows: list[Row]) -> dict[str, Array]:
         """A replayed position stands at stop - 1, sees what is there, and writes its K and V to the null block."""
         replays = [int(row.replay) for row in rows]
         past = [row.start - replay for row, replay in zip(rows, replays, strict=True)]
@@ -54,24 +86,21 @@ class ModelRunner:
             positions[own] = np.arange(past[index], present[index])
             blocks = tables[index, positions[own] // self._block_size] if not row.replay else NULL_BLOCK
             slots[own] = blocks * self._block_size + positions[own] % self._block_size
+        inputs: dict[str, Array] = {
+            "query_start": query_start,
+            "past_length": np.array(past, dtype=np.int32),
+            "present_length": np.array(present, dtype=np.int32),
+            "block_table": tables,
+            "positions": positions,
+            "slots": slots,
+        }
         biases = ragged_bias([_mask(row) for row in rows], counts, present)
-        bias, bias_start = (None, None) if biases is None else map(self._to_device, biases)
-        return AttentionInputs(
-            query_start=self._tensor(query_start),
-            past_length=self._tensor(np.array(past, dtype=np.int32)),
-            present_length=self._tensor(np.array(present, dtype=np.int32)),
-            block_table=self._tensor(tables),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            causal=self.spec.causal,
-            bias=bias,
-            bias_start=bias_start,
-        )
+        return inputs if biases is None else {**inputs, "bias": biases[0], "bias_start": biases[1]}
 
-    def _inputs(self, rows: list[Row]) -> dict[str, Tensor]:
+    def _inputs(self, rows: list[Row]) -> dict[str, Array]:
         """The model's inputs of all rows, packed: (T, ...) each. The mask is not one of them: the attention has it."""
         history = self.spec.history
-        inputs = {}
+        inputs: dict[str, Array] = {}
         for tensor in self.spec.inputs:
             if not tensor.required:
                 continue
@@ -81,9 +110,8 @@ class ModelRunner:
                 else row.input(tensor.name)
                 for row in rows
             ]
-            inputs[tensor.name] = self._tensor(
-                np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
-            )
+            if parts:
+                inputs[tensor.name] = np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
         return inputs
 
     def _starts(self, rows: list[Row]) -> list[int]:
@@ -94,13 +122,10 @@ class ModelRunner:
             at += row.count + int(row.replay)
         return starts
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return self._to_device(torch.from_numpy(array))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.spec.device)
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.spec.device)
 
 
-def _mask(row: Row) -> np.ndarray | None:
+def _mask(row: Row) -> Array | None:
     """The caller's mask for this row's positions, (count, T)."""
     return row.input("attention_mask") if "attention_mask" in row.work.inputs else None

@@ -17,7 +17,7 @@ from engine.batch import Array
 
 def ragged_bias(
     masks: Sequence[Array | None], counts: Sequence[int], present: Sequence[int]
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Array, Array] | None:
     """The rows' masks as (bias, bias_start) of AttentionInputs, or None if no row has one."""
     if all(mask is None for mask in masks):
         return None
@@ -28,7 +28,7 @@ def ragged_bias(
         if mask is not None:
             part = mask[: counts[row], : present[row]]
             bias[start[row] : start[row + 1]] = np.where(part != 0, 0.0, -np.inf).ravel()
-    return torch.from_numpy(bias), torch.from_numpy(start)
+    return bias, start
 
 
 def attending(mask: Tensor) -> Tensor:
