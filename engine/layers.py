@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.attention.base import Backend, KVView, Rotary, Scoring
-from engine.attention.dense import DenseView, Past, check_lengths
+from engine.attention.dense import DenseView, Past, check_lengths, check_mask, check_past, check_rotary, check_shapes
 from engine.attention.mask import attending
 from engine.errors import InvalidInput
 
@@ -180,17 +180,31 @@ class MultiHeadAttention(nn.Module):
         query (B, n, hidden_size), key (B, m, kdim), value (B, m, vdim); query alone reads the past and appends nothing.
         attention_mask (B, n, T) or (B, heads, n, T), 1 = attend: over the past's T slots, or without one the m keys.
         batch_valid_length (B,): each row's length after the call, of its m new positions; default: all of them.
-        in_place: the past's own tensors are written and lengths are not read on the host, so that the call can be
-        captured; a position beyond the last slot is then dropped, and it is for the caller to keep count.
+        in_place: the past's own tensors are written, its length too, and are what is returned. Nothing is read on the
+        host, so that the call can be captured in a graph; lengths are not checked then: a position beyond the last
+        slot is dropped and not counted.
 
-        Raises InvalidInput, LengthExceeded.
+        Raises InvalidInput, LengthExceeded; nothing has changed then.
         """
         if (key is None) != (value is None):
             raise InvalidInput("value" if value is None else "key", "key and value come together, or not at all")
-        key = query.new_empty(query.shape[0], 0, self.k_proj.in_features) if key is None else key
-        value = query.new_empty(query.shape[0], 0, self.v_proj.in_features) if value is None else value
-        if past is not None and not in_place:
-            check_lengths(past, key.shape[1], batch_valid_length)
+        widths = self.q_proj.in_features, self.k_proj.in_features, self.v_proj.in_features
+        key = query.new_empty(query.shape[0], 0, widths[1]) if key is None else key
+        value = query.new_empty(query.shape[0], 0, widths[2]) if value is None else value
+        check_shapes(widths, query, key, value, past, batch_valid_length)
+        (batch, n, _), m = query.shape, key.shape[1]
+        slots = m
+        if past is not None:
+            check_past(past, batch, self.kv_heads, self.head_dim)
+            slots = past.key.shape[-1]
+        elif in_place:
+            raise InvalidInput("past", "in_place writes the past's own tensors: give one, as new_past makes it")
+        if attention_mask is not None:
+            check_mask(attention_mask, (batch, self.heads, n, slots))
+        if rotary is not None:
+            check_rotary(rotary, n, m, slots)
+        if not in_place:
+            check_lengths(past, m, batch_valid_length)
         new = batch_valid_length
         if past is not None and batch_valid_length is not None:
             new = batch_valid_length - past.length
@@ -204,6 +218,13 @@ class MultiHeadAttention(nn.Module):
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, view.present, weights
+
+    def new_past(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> Past:
+        """An empty past of `slots` positions a row, on the layer's device; in compute_dtype unless another is given."""
+        dtype = dtype or self.compute_dtype
+        key = torch.zeros(batch, self.kv_heads, self.head_dim, slots, dtype=dtype, device=self._device)
+        value = torch.zeros(batch, self.kv_heads, slots, self.head_dim, dtype=dtype, device=self._device)
+        return Past(key, value, torch.zeros(batch, dtype=torch.int32, device=self._device))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.compute_dtype

@@ -39,12 +39,11 @@ def attending(mask: Tensor) -> Tensor:
 def dense_bias(bias: Tensor | None, length: Tensor | None, positions: Tensor | None, keys: int) -> Tensor | None:
     """What is added to scores over plain tensors, (B or 1, heads or 1, n or 1, keys): `bias`, and -inf for keys at or
     beyond their row's `length` (B,), and for keys behind the query's own place where `positions` (B, n) are given."""
-    at = torch.arange(keys, device=None if length is None else length.device)
     hidden = None
     if length is not None:
-        hidden = (at >= length[:, None])[:, None, None, :]
+        hidden = (torch.arange(keys, device=length.device) >= length[:, None])[:, None, None, :]
     if positions is not None:
-        ahead = (at.to(positions.device) > positions[:, :, None])[:, None]
+        ahead = (torch.arange(keys, device=positions.device) > positions[:, :, None])[:, None]
         hidden = ahead if hidden is None else hidden | ahead
     if hidden is None:
         return bias

@@ -47,9 +47,9 @@ class SdpaBackend:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
-        wide = total.float()
+        wide = _wide(total)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        return (normed * weight.float()).to(x.dtype), total
+        return (normed * weight.to(wide.dtype)).to(x.dtype), total
 
     def silu_gate(self, x: Tensor) -> Tensor:
         gate, up = x.float().chunk(2, dim=-1)
@@ -77,13 +77,17 @@ def paged_probabilities(
 
 
 def rotate(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:
-    """x (..., heads, d) with its first channels rotated by `positions` (...): float32; x itself without tables."""
+    """x (..., heads, d) with its first channels rotated by `positions` (...): float32 or wider; without tables, x."""
     if rotary is None:
         return x
     half = rotary.cos.shape[1]
     cos, sin = rotary.cos[positions].unsqueeze(-2), rotary.sin[positions].unsqueeze(-2)  # (..., 1, half)
-    first, second, rest = torch.split(x.float(), [half, half, x.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = torch.split(_wide(x), [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def write(k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> None:
