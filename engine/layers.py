@@ -198,7 +198,7 @@ class MultiHeadAttention(nn.Module):
             check_past(past, batch, self.kv_heads, self.head_dim)
             slots = past.key.shape[-1]
         elif in_place:
-            raise InvalidInput("past", "in_place writes the past's own tensors: give one, as new_past makes it")
+            raise InvalidInput("past", "in_place writes the past's own tensors: give one, as empty_past makes it")
         if attention_mask is not None:
             check_mask(attention_mask, (batch, self.heads, n, slots))
         if rotary is not None:
@@ -219,12 +219,12 @@ class MultiHeadAttention(nn.Module):
             weights = weights.mean(1)
         return out, view.present, weights
 
-    def new_past(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> Past:
-        """An empty past of `slots` positions a row, on the layer's device; in compute_dtype unless another is given."""
+    def empty_past(self, batch_size: int, slots: int, dtype: torch.dtype | None = None) -> Past:
+        """A past of no positions with room for `slots`, on the layer's device; in compute_dtype unless `dtype` is given."""
         dtype = dtype or self.compute_dtype
-        key = torch.zeros(batch, self.kv_heads, self.head_dim, slots, dtype=dtype, device=self._device)
-        value = torch.zeros(batch, self.kv_heads, slots, self.head_dim, dtype=dtype, device=self._device)
-        return Past(key, value, torch.zeros(batch, dtype=torch.int32, device=self._device))
+        key = torch.zeros(batch_size, self.kv_heads, self.head_dim, slots, dtype=dtype, device=self._device)
+        value = torch.zeros(batch_size, self.kv_heads, slots, self.head_dim, dtype=dtype, device=self._device)
+        return Past(key, value, torch.zeros(batch_size, dtype=torch.int32, device=self._device))
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = self.compute_dtype

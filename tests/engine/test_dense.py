@@ -48,7 +48,7 @@ def test_prefill_equals_any_chunks_of_it_in_ragged_rows(
     """Each row grows by a part of its own of every chunk, padding behind; steps are chunks of one."""
     layer = random_layer(HIDDEN, HEADS, **EXACT, **options)
     rotary = rotary_tables(2, SLOTS, torch.float64) if rotated else None
-    whole, past = numbers(3, SLOTS, HIDDEN), layer.new_past(3, SLOTS)
+    whole, past = numbers(3, SLOTS, HIDDEN), layer.empty_past(3, SLOTS)
     outs: list[list[Tensor]] = [[], [], []]
     lengths = [0, 0, 0]
     for size in data.draw(st.lists(st.integers(1, 6), max_size=8), label="chunks"):
@@ -89,7 +89,7 @@ def test_keys_alone_then_queries_alone_are_cross_attention(in_place: bool) -> No
     layer = random_layer(HIDDEN, HEADS, kdim=5, vdim=7, zero_attn=True, **EXACT)
     key, value, lengths = numbers(2, 6, 5), numbers(2, 6, 7), [6, 2]
     out, past, _ = layer.stateless(
-        numbers(2, 0, HIDDEN), key, value, past=layer.new_past(2, 9), batch_valid_length=torch.tensor(lengths)
+        numbers(2, 0, HIDDEN), key, value, past=layer.empty_past(2, 9), batch_valid_length=torch.tensor(lengths)
     )
     assert out.shape == (2, 0, HIDDEN)
     before, query = copied(past), numbers(2, 3, HIDDEN)
@@ -127,7 +127,7 @@ def test_without_a_past_the_mask_is_the_truth_and_the_length_says_what_is_kept()
 
 def test_a_mask_on_a_step_restricts_further_for_all_heads_or_each() -> None:
     layer = random_layer(HIDDEN, HEADS, **EXACT)
-    x, past = numbers(1, 6, HIDDEN), layer.new_past(1, 8)
+    x, past = numbers(1, 6, HIDDEN), layer.empty_past(1, 8)
     _, past, _ = layer.stateless(x[:, :5], x[:, :5], x[:, :5], past=past, causal=True)
     step = x[:, 5:]
     mask = torch.ones(1, 1, 8)
@@ -153,7 +153,7 @@ def test_a_mask_on_a_step_restricts_further_for_all_heads_or_each() -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_slots_beyond_the_valid_length_are_never_read(in_place: bool) -> None:
     layer = random_layer(HIDDEN, HEADS, **EXACT)
-    x, empty = numbers(2, 4, HIDDEN), layer.new_past(2, 6)
+    x, empty = numbers(2, 4, HIDDEN), layer.empty_past(2, 6)
     poisoned = Past(empty.key.clone().fill_(torch.nan), empty.value.clone().fill_(torch.nan), empty.length.clone())
     lengths = torch.tensor([4, 1])
     for part, valid in ((x, lengths), (x[:, :1], lengths + 1)):
@@ -169,7 +169,7 @@ def test_slots_beyond_the_valid_length_are_never_read(in_place: bool) -> None:
 @pytest.mark.parametrize("past_slots", [None, 5])
 def test_a_query_that_may_see_nothing_gives_zeros_and_finite_gradients(past_slots: int | None) -> None:
     layer = random_layer(HIDDEN, HEADS, **EXACT)
-    past = None if past_slots is None else layer.new_past(1, past_slots)
+    past = None if past_slots is None else layer.empty_past(1, past_slots)
     x = numbers(1, 5, HIDDEN).requires_grad_()
     mask = torch.ones(1, 5, 5)
     mask[0, 2] = 0
@@ -196,7 +196,7 @@ def test_every_compute_dtype(dtype: torch.dtype, tolerance: float, past_dtype: t
     layer = MultiHeadAttention(HIDDEN, HEADS, bias_kv=True, compute_dtype=dtype, softmax_dtype=exact.softmax_dtype)
     layer.eval().load_state_dict(exact.state_dict())
     exact.load_state_dict(layer.state_dict())  # float32's weights
-    x, past = numbers(1, 7, HIDDEN), layer.new_past(1, 7, past_dtype)
+    x, past = numbers(1, 7, HIDDEN), layer.empty_past(1, 7, past_dtype)
     _, past, _ = layer.stateless(x[:, :6], x[:, :6], x[:, :6], past=past, causal=True)
     out, past, _ = layer.stateless(x[:, 6:], x[:, 6:], x[:, 6:], past=past)
     assert out.dtype == dtype
@@ -334,7 +334,7 @@ CASES: dict[str, tuple[dict[str, Any], type[InvalidInput], str, str]] = {
         "rotary",
         "1 queries, but 0 keys",
     ),
-    "in place of none": ({"past": None, "in_place": True}, InvalidInput, "past", "give one, as new_past makes it"),
+    "in place of none": ({"past": None, "in_place": True}, InvalidInput, "past", "give one, as empty_past makes it"),
 }
 
 
@@ -360,7 +360,7 @@ def test_bad_input_names_its_field_and_changes_nothing(case: str) -> None:
 
 def test_only_in_place_writes_the_past_it_was_given() -> None:
     layer = random_layer(HIDDEN, HEADS)
-    past = layer.new_past(2, 4)
+    past = layer.empty_past(2, 4)
     before, x = copied(past), torch.randn(2, 2, HIDDEN, requires_grad=True)
     out, present, _ = layer.stateless(x, x, x, past=past)
     assert unchanged(past, before)

@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # (of the layer,
 
 def ragged_past(layer: MultiHeadAttention, history: Tensor, rotary: Rotary | None) -> Past:
     """Static buffers that hold the first LENGTHS[b] positions of row b of `history`."""
-    past = layer.new_past(len(LENGTHS), SLOTS)
+    past = layer.empty_past(len(LENGTHS), SLOTS)
     first = history[:, : max(LENGTHS)]
     layer.stateless(
         first, first, first, past=past, batch_valid_length=torch.tensor(LENGTHS), rotary=rotary, in_place=True
@@ -126,7 +126,7 @@ def test_cross_attention_is_stepped_by_queries_alone_in_one_graph() -> None:
     layer = random_layer(HIDDEN, HEADS, kdim=6, vdim=10, bias_kv=True)
     lengths = torch.tensor([4, 9, 1])
     key, value = torch.randn(3, 9, 6), torch.randn(3, 9, 10)
-    past = layer.new_past(3, 12)
+    past = layer.empty_past(3, 12)
     layer.stateless(
         torch.empty(3, 0, HIDDEN), key, value, past=past, batch_valid_length=lengths, in_place=True
     )  # the encoder's, once
@@ -168,7 +168,7 @@ def test_lengths_and_masks_may_be_static_buffers() -> None:
 def step_of_everything(device: str, in_place: bool) -> None:
     with torch.device(device):
         layer = random_layer(HIDDEN, HEADS, kv_heads=2, bias_kv=True, zero_attn=True)
-    past = layer.new_past(3, 8, torch.float16)
+    past = layer.empty_past(3, 8, torch.float16)
     rotary = Rotary(torch.zeros(8, 2, device=device), torch.zeros(8, 2, device=device))
     x, mask = torch.zeros(3, 1, HIDDEN, device=device), torch.zeros(3, 1, 8, device=device)
     lengths = torch.zeros(3, dtype=torch.int32, device=device)
