@@ -220,7 +220,7 @@ class MultiHeadAttention(nn.Module):
         return out, view.present, weights
 
     def empty_past(self, batch_size: int, slots: int, dtype: torch.dtype | None = None) -> Past:
-        """A past of no positions with room for `slots`, on the layer's device; in compute_dtype unless `dtype` is given."""
+        """A past of no positions with room for `slots`, on the layer's device; `dtype`: compute_dtype if not given."""
         dtype = dtype or self.compute_dtype
         key = torch.zeros(batch_size, self.kv_heads, self.head_dim, slots, dtype=dtype, device=self._device)
         value = torch.zeros(batch_size, self.kv_heads, slots, self.head_dim, dtype=dtype, device=self._device)
