@@ -14,7 +14,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.generation": ("L1", "L0"),
     "engine.store engine.scheduler": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
-    " engine.chat engine.sampling": ("L3", "L0 L1"),
+    " engine.chat engine.sampling engine.compat": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
     "engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),

@@ -122,7 +122,7 @@ class DenseView:
     ) -> None:
         self.backend = SdpaBackend()
         self.present: Past | None = None
-        self.weights: Tensor | None = None  # (B, heads, n, T + E)
+        self.weights: Tensor | None = None  # (B, heads, n, T + E), after dropout
         self._bias, self._past, self._new = bias, past, new
         self._causal, self._in_place, self._need_weights = causal, in_place, need_weights
 
@@ -142,11 +142,10 @@ class DenseView:
         keys, values, bias = with_extra(keys.to(wide), values.to(wide), bias, scoring)
         group = heads // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        weights = probabilities(q.transpose(1, 2).to(wide), keys, bias, scoring)
+        weights = F.dropout(probabilities(q.transpose(1, 2).to(wide), keys, bias, scoring), scoring.dropout)
         if self._need_weights:
             self.weights = weights
-        weights = F.dropout(weights.to(dtype), scoring.dropout).to(wide)
-        return (weights @ values).transpose(1, 2).flatten(2).to(dtype)
+        return (weights.to(dtype).to(wide) @ values).transpose(1, 2).flatten(2).to(dtype)
 
     def _write(self, k: Tensor, v: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """k (B, kv_heads, d, m), v (B, kv_heads, m, d). What is attended, and how much of it is valid (None: all)."""

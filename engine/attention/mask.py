@@ -36,6 +36,13 @@ def attending(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill(mask == 0, -torch.inf)
 
 
+def hiding(mask: Tensor) -> Tensor:
+    """torch's: True = may not attend, and floats are added as they are. What is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -torch.inf)
+
+
 def dense_bias(bias: Tensor | None, length: Tensor | None, positions: Tensor | None, keys: int) -> Tensor | None:
     """What is added to scores over plain tensors, (B or 1, heads or 1, n or 1, keys): `bias`, and -inf for keys at or
     beyond their row's `length` (B,), and for keys behind the query's own place where `positions` (B, n) are given."""
