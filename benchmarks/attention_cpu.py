@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs
+from engine.attention.base import AttentionInputs, Scoring
 from engine.attention.cpu import CpuBackend
 
 HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
@@ -133,9 +133,10 @@ def measure(
     v_layers = pool[:, 1].view(layers, blocks, KV_HEADS, BLOCK, DIM).unbind()
     qkv = torch.randn(rows * new, HEADS + 2 * KV_HEADS, DIM, dtype=torch.bfloat16)
     q, k, v = torch.split(qkv, [HEADS, KV_HEADS, KV_HEADS], dim=1)
+    scoring = Scoring(DIM**-0.5)
 
     def ours(layer: int) -> Tensor:
-        return backend.attend(q, k, v, k_layers[layer], v_layers[layer], inputs, None, DIM**-0.5)
+        return backend.attend(q, k, v, k_layers[layer], v_layers[layer], inputs, None, scoring)
 
     def limit(layer: int) -> None:
         if new == 1:

@@ -104,8 +104,9 @@ class Backend(Protocol):
     ) -> Tensor:
         """Rotate q and k, write k and v to `inputs.slots`, attend. Returns (T, heads * head_dim) in q's dtype.
 
-        Scores are in float32 at least; a query whose every key is masked (-inf bias) gives zeros. Slots that hold no
-        valid position may contain anything, NaN too, and must not reach the output."""
+        Scores are in float32 at least; a query whose every key is masked (-inf bias) gives zeros, if the layer has no
+        keys of its own. Slots that hold no valid position may contain anything, NaN too, and must not reach the output.
+        Queries of no row give zeros. Raises ValueError or RuntimeError for `rotary` where S is not T."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.base import AttentionInputs, PackedBlocks, Rotary, Scoring
+from engine.attention.sdpa import SdpaBackend
 from engine.kernels.build import Loaded, load
 
 
@@ -18,6 +19,7 @@ class CpuBackend:
 
     def __init__(self, cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None] | None = None) -> None:
         self.kernels: Loaded = load(cache_dir, compiler, progress)
+        self._truth = SdpaBackend()  # for what the kernels do not do
         _register_fakes()
         ops = torch.ops.keypast
         # Bound once: looking an operator up costs more than a small call of it.
@@ -41,6 +43,8 @@ class CpuBackend:
         rotary: Rotary | None,
         scoring: Scoring,
     ) -> Tensor:
+        if scoring.softmax_dtype != torch.float32 or scoring.dropout:
+            return self._truth.attend(q, k, v, k_blocks, v_blocks, inputs, rotary, scoring)
         attended: Tensor = self._attend(
             q,
             k,
@@ -59,6 +63,8 @@ class CpuBackend:
             None if rotary is None else rotary.cos,
             None if rotary is None else rotary.sin,
             scoring.scale,
+            scoring.extra_k,
+            scoring.extra_v,
         )
         return attended
 

@@ -27,21 +27,24 @@ class SdpaBackend:
         rotary: Rotary | None,
         scoring: Scoring,
     ) -> Tensor:
+        if rotary is not None and q.shape[0] != k.shape[0]:
+            raise ValueError(f"rotary needs a position for each new key: S must be T, not {k.shape[0]}, {q.shape[0]}")
         q, k = rotate(q, rotary, inputs.positions), rotate(k, rotary, inputs.positions)
         write(k, v, k_blocks, v_blocks, inputs.slots)
-        out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)  # positions of no row stay zeros
         for row, queries in _rows(inputs):
             heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
             keys, values = _gather_keys(k_blocks, inputs, row), _gather_values(v_blocks, inputs, row)
             keys, values, bias = with_extra(keys, values, dense_mask(inputs, row), scoring)
             group = q.shape[1] // keys.shape[0]
             keys, values = keys.repeat_interleave(group, 0), values.repeat_interleave(group, 0)
-            if scoring.softmax_dtype == torch.float32:
+            if scoring.softmax_dtype == torch.float32 and not scoring.dropout:
                 attended = F.scaled_dot_product_attention(
                     heads, keys.transpose(1, 2), values, attn_mask=bias, scale=scoring.scale
                 ).nan_to_num(0.0)
             else:
-                attended = probabilities(heads, keys, bias, scoring) @ values
+                weights = probabilities(heads, keys, bias, scoring).float()
+                attended = F.dropout(weights, scoring.dropout) @ values
             out[queries] = attended.transpose(0, 1)
         return out.flatten(1).to(v.dtype)
 
@@ -91,7 +94,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def write(k: Tensor, v: Tensor, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> None:
-    """Rounds k and v (T, kv_heads, d) to the past's dtype and puts them into their slots."""
+    """Rounds k and v (S, kv_heads, d) to the past's dtype and puts them into their slots."""
     block_size = v_blocks.shape[2]
     blocks, offsets = slots // block_size, slots % block_size
     k_blocks[blocks, :, :, offsets] = k.to(k_blocks.dtype)

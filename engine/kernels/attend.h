@@ -5,6 +5,7 @@
 //   soften    per row: maximum, 2^(score - maximum), sum; masked keys are marked by a negative weight
 //   values    group x 16 channels at a time, keys in order
 //   merge     the chunk's (maximum, sum, weighted values) into the row's
+// What a row starts from are the layer's own keys, chunks that come before the first one of the past.
 // Each row's own sequence of operations is the same whatever else is in the tile.
 #pragma once
 #include "vec.h"
@@ -444,6 +445,34 @@ static void attend_chunk(const View& t, const Tile& tile, int64_t start, const S
   }
 }
 
+static void pack_extras(const View& t, int64_t start, int keys, int64_t kv_head, const Scratch& s) {
+  for (int j = 0; j < keys; ++j) {
+    const int64_t at = ((start + j) * t.a.kv_heads + kv_head) * t.dim;
+    float* to = s.keys + j / kLanes * t.dim * kLanes + j % kLanes;
+    for (int64_t d = 0; d < t.dim; ++d) to[d * kLanes] = t.a.extra_k[at + d];
+    for (int64_t i = 0; i < t.dim; i += kLanes)
+      store(s.values + j * t.width + i, load(t.a.extra_v + at + i, (int)least(kLanes, t.dim - i)));
+  }
+}
+
+// What every row has seen before the first chunk: nothing, or the layer's own keys. The queries are loaded already.
+static void begin_rows(const View& t, const Tile& tile, const Scratch& s) {
+  clear(s.state, t.rows, t.width);
+  if (!t.a.extras) return;
+  Attend unmasked = t.a;
+  unmasked.causal = false, unmasked.bias = nullptr;
+  View own(unmasked, tile);
+  own.present = t.a.extras;
+  for (int64_t start = 0; start < own.present; start += kChunk) {
+    const int keys = (int)least(kChunk, own.present - start);
+    Source<float> copies;
+    pack_extras(own, start, keys, tile.kv_head, s);
+    locate_packed(own, (keys + kLanes - 1) / kLanes, s, &copies);
+    attend_chunk<false>(own, tile, start, copies, s, s.part);
+    merge_into(s.state, s.part, t.rows, t.width);
+  }
+}
+
 template <class T>
 static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, int end, float* scratch,
                       float* partials) {
@@ -452,7 +481,7 @@ static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, in
   const bool even = a.block_size % kLanes == 0;  // no vector of keys crosses a block's end
   const bool direct = even && t.dim == t.width && (t.rows <= kDirectRows || sizeof(T) == sizeof(float));
   load_queries(t, s);
-  if (!partials) clear(s.state, t.rows, t.width);
+  if (!partials) begin_rows(t, tile, s);
   for (int chunk = begin; chunk < end; ++chunk) {
     const int64_t start = (int64_t)chunk * kChunk;
     const int keys = (int)least(kChunk, t.limit(t.rows - 1) - start), vecs = (keys + kLanes - 1) / kLanes;
@@ -493,7 +522,8 @@ static void attend(const Attend& a, const Tile& tile, int begin, int end, float*
 static void merge(const Attend& a, const Tile& tile, float* scratch, const float* partials) {
   const View t(a, tile);
   const Scratch s(scratch, t.rows, t.dim, t.width);
-  clear(s.state, t.rows, t.width);
+  if (a.extras) load_queries(t, s);
+  begin_rows(t, tile, s);
   for (int chunk = 0; chunk < tile.chunks; ++chunk)
     merge_into(s.state, Partial(const_cast<float*>(partials) + chunk * Partial::size(t.rows, t.width), t.rows), t.rows,
                t.width);

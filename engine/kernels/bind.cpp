@@ -62,17 +62,34 @@ void set_bias(const optional<Tensor>& bias, const optional<Tensor>& start, keypa
   TORCH_CHECK(a->bias_start[0] == 0 && a->bias_start[a->rows] <= bias->numel(), "keypast: bias_start outruns bias");
 }
 
+void set_extras(const optional<Tensor>& k, const optional<Tensor>& v, keypast::Attend* a) {
+  TORCH_CHECK(k.has_value() == v.has_value(), "keypast: extra_k and extra_v come together");
+  if (!k) return;
+  const auto fits = [&](const Tensor& x) {
+    return x.dim() == 3 && x.size(1) == a->kv_heads && x.size(2) == a->head_dim && x.is_contiguous() &&
+           x.scalar_type() == at::kFloat;
+  };
+  TORCH_CHECK(fits(*k) && fits(*v) && k->size(0) == v->size(0),
+              "keypast: extra_k and extra_v must both be contiguous float32 (E, ", a->kv_heads, ", ", a->head_dim,
+              "), not ", k->sizes(), " and ", v->sizes());
+  a->extra_k = k->const_data_ptr<float>();
+  a->extra_v = v->const_data_ptr<float>();
+  a->extras = k->size(0);
+}
+
 Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_blocks, const Tensor& v_blocks,
               const Tensor& query_start, const Tensor& past_length, const Tensor& present_length,
               const Tensor& block_table, const Tensor& positions, const Tensor& slots, bool causal,
               const optional<Tensor>& bias, const optional<Tensor>& bias_start, const optional<Tensor>& cos,
-              const optional<Tensor>& sin, double scale) {
+              const optional<Tensor>& sin, double scale, const optional<Tensor>& extra_k,
+              const optional<Tensor>& extra_v) {
   keypast::Attend a{};
   a.q = heads_of(q, "q"), a.k = heads_of(k, "k"), a.v = heads_of(v, "v");
-  a.tokens = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2), a.kv_heads = k.size(1);
-  TORCH_CHECK(k.sizes() == v.sizes() && k.size(0) == a.tokens && k.size(2) == a.head_dim && a.kv_heads > 0 &&
-                  a.heads % a.kv_heads == 0,
-              "keypast: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes(), " do not go together");
+  a.tokens = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
+  a.written = k.size(0), a.kv_heads = k.size(1);
+  const bool alike = k.sizes() == v.sizes() && k.size(2) == a.head_dim;
+  TORCH_CHECK(alike && a.kv_heads > 0 && a.heads % a.kv_heads == 0, "keypast: q ", q.sizes(), ", k ", k.sizes(), ", v ",
+              v.sizes(), " do not go together");
   TORCH_CHECK(k_blocks.dim() == 4 && k_blocks.numel() > 0, "keypast: k_blocks must have 4 axes, none of them empty");
   a.blocks = k_blocks.size(0), a.block_size = k_blocks.size(3);
   a.k_blocks = pool_of(k_blocks, "k_blocks", {a.blocks, a.kv_heads, a.head_dim, a.block_size});
@@ -89,9 +106,10 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
   a.past_length = vector_of<int32_t>(past_length, "past_length", a.rows);
   a.present_length = vector_of<int32_t>(present_length, "present_length", a.rows);
   a.positions = vector_of<int64_t>(positions, "positions", a.tokens);
-  a.slots = vector_of<int64_t>(slots, "slots", a.tokens);
+  a.slots = vector_of<int64_t>(slots, "slots", a.written);
   set_bias(bias, bias_start, &a);
   set_rotary(cos, sin, &a);
+  set_extras(extra_k, extra_v, &a);
   a.causal = causal, a.scale = static_cast<float>(scale);
   Tensor out = at::empty({a.tokens, a.heads * a.head_dim}, q.options());
   a.out = out.data_ptr();
@@ -201,7 +219,8 @@ Tensor decoder_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>&
     const Tensor v = qkv.narrow(1, heads + kv_heads, kv_heads);
     const Tensor attended =
         attend(q, k, v, k_pool.select(0, layer), v_pool.select(0, layer), query_start, past_length, present_length,
-               block_table, positions, slots, true, std::nullopt, std::nullopt, cos, sin, scale);
+               block_table, positions, slots, true, std::nullopt, std::nullopt, cos, sin, scale, std::nullopt,
+               std::nullopt);
     norm(linear(attended));
     delta = linear(silu_gate(linear(normed)));
   }
@@ -226,7 +245,8 @@ TORCH_LIBRARY(keypast, m) {
   m.def(
       "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) k_blocks, Tensor(b!) v_blocks, Tensor query_start, "
       "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, bool causal, "
-      "Tensor? bias, Tensor? bias_start, Tensor? cos, Tensor? sin, float scale) -> Tensor");
+      "Tensor? bias, Tensor? bias_start, Tensor? cos, Tensor? sin, float scale, Tensor? extra_k, Tensor? extra_v) "
+      "-> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   m.def("silu_gate(Tensor x) -> Tensor");

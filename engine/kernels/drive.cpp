@@ -90,11 +90,11 @@ void require(bool holds, const char* what) {
 // Every index that memory is reached through.
 void check(const Attend& a) {
   require(a.query_start[0] == 0 && a.query_start[a.rows] <= a.tokens, "query_start must run from 0 to at most T");
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    require(a.slots[t] >= 0 && a.slots[t] < a.blocks * a.block_size, "a slot is outside the pool");
-    const bool covered = a.positions[t] >= 0 && a.positions[t] < a.rotary_length;
-    require(!a.cos || covered, "a position is outside the rotary table");
-  }
+  require(!a.cos || a.written == a.tokens, "rotary needs a position for each new key: S must be T");
+  for (int64_t s = 0; s < a.written; ++s)
+    require(a.slots[s] >= 0 && a.slots[s] < a.blocks * a.block_size, "a slot is outside the pool");
+  for (int64_t t = 0; a.cos && t < a.tokens; ++t)
+    require(a.positions[t] >= 0 && a.positions[t] < a.rotary_length, "a position is outside the rotary table");
   for (int64_t r = 0; r < a.rows; ++r) {
     require(a.query_start[r] <= a.query_start[r + 1], "query_start must not fall");
     require(a.past_length[r] >= 0 && a.present_length[r] >= 0, "lengths must not be negative");
@@ -202,7 +202,7 @@ void attend(const Attend& a, int threads) {
   clear_padding(a);
   if (threads == 1 || work.cost < kSerialCost) {
     float* scratch = scratch_buffer.reserve(floats);
-    kernels.write(a, 0, a.tokens, scratch);
+    kernels.write(a, 0, a.written, scratch);
     for (const Task& task : work.tasks) run_task(a, kernels, work, task, scratch, nullptr);
     return;
   }
@@ -212,7 +212,7 @@ void attend(const Attend& a, int threads) {
   {
     const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
     float* scratch = scratch_buffer.reserve(floats);
-    kernels.write(a, a.tokens * i / n, a.tokens * (i + 1) / n, scratch);
+    kernels.write(a, a.written * i / n, a.written * (i + 1) / n, scratch);
 #pragma omp barrier
     for (size_t t; (t = next_task.fetch_add(1)) < work.tasks.size();)
       run_task(a, kernels, work, work.tasks[t], scratch, partials);

@@ -31,7 +31,7 @@ struct Pool {  // (blocks, kv_heads, ...), the last two axes contiguous
 };
 
 struct Attend {
-  Heads q, k, v;
+  Heads q, k, v;  // of `tokens` queries, `written` keys and values
   Pool k_blocks, v_blocks;
   void* out;  // (tokens, heads * head_dim), contiguous
   DType dtype, cache_dtype;
@@ -39,7 +39,9 @@ struct Attend {
   const int64_t *positions, *slots;
   const float *bias, *cos, *sin;  // each may be null
   const int64_t* bias_start;
-  int64_t tokens, rows, heads, kv_heads, head_dim, blocks, block_size, table_width, table_stride;
+  // The layer's own keys and values, (extras, kv_heads, head_dim), contiguous: every query sees them, nothing hides them.
+  const float *extra_k, *extra_v;
+  int64_t tokens, written, extras, rows, heads, kv_heads, head_dim, blocks, block_size, table_width, table_stride;
   int64_t rotary_half, rotary_length;
   bool causal;
   float scale;

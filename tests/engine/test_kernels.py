@@ -1,4 +1,5 @@
-"""The native kernels against plain float64 arithmetic, and against themselves: a query's bits depend on no company.
+"""The native kernels and the slow truth against plain float64 arithmetic, and the kernels against themselves: a query's
+bits depend on no company.
 
 Tolerances: a result in dtype D may be one rounding of D from the truth, after sums in float32 over caches whose
 contents the reference reads exactly as they were stored. So: a few units of D's last place, relative to values near 1.
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.attention.base import AttentionInputs, Rotary, Scoring
+from engine.attention.base import AttentionInputs, Backend, Scoring
 from engine.attention.cpu import CpuBackend
+from engine.attention.sdpa import SdpaBackend
 from engine.kernels import build
+from tests.engine.attention_cases import Case, World, make, reference, rotated
 
 CACHE = Path.home() / ".cache" / "keypast"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PASTS = (0, 1, 15, 16, 255, 256, 257, 511, 512, 513, 700)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # 2^-10 and 2^-7 doubled; fp32 sums
-CPU = CpuBackend(CACHE)
+CPU, SDPA = CpuBackend(CACHE), SdpaBackend()
+BACKENDS: list[Backend] = [CPU, SDPA]
 ISAS: list[str] = torch.ops.keypast.isas()
 
 
@@ -38,146 +43,15 @@ def _restore() -> Iterator[None]:
     torch.ops.keypast.force_isa(isa)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A ragged batch: row r has `past[r]` positions behind it and appends `new[r]`."""
-
-    past: tuple[int, ...]
-    new: tuple[int, ...]
-    heads: int = 6
-    kv_heads: int = 2
-    head_dim: int = 16
-    block_size: int = 16
-    dtype: torch.dtype = torch.float32
-    cache_dtype: torch.dtype = torch.float32
-    causal: bool = True
-    rotary_dim: int = 0
-    biased: bool = False
-    seed: int = 0
-
-
-@dataclass
-class World:
-    """A case made concrete: every tensor that `attend` takes. Slots that hold nothing are NaN."""
-
-    case: Case
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_blocks: Tensor
-    v_blocks: Tensor
-    inputs: AttentionInputs
-    rotary: Rotary | None
-    scale: float
-
-    def attend(self, backend: CpuBackend = CPU) -> Tensor:
-        """Runs on copies of the pools, so that a world can be run again."""
-        pools = self.k_blocks.clone(), self.v_blocks.clone()
-        return backend.attend(self.q, self.k, self.v, *pools, self.inputs, self.rotary, Scoring(self.scale))
-
-
-def make(case: Case) -> World:
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    rows, size, present = len(case.past), case.block_size, [p + n for p, n in zip(case.past, case.new, strict=True)]
-    needs = [-(-length // size) for length in present]
-    blocks, total = sum(needs) + 3, sum(case.new)
-    order = (torch.randperm(blocks - 1, generator=generator) + 1).tolist()
-    table = torch.zeros(rows, max([1, *needs]), dtype=torch.int32)
-    k_blocks = torch.full((blocks, case.kv_heads, case.head_dim, size), torch.nan).to(case.cache_dtype)
-    v_blocks = torch.full((blocks, case.kv_heads, size, case.head_dim), torch.nan).to(case.cache_dtype)
-    slots, positions = [], []
-    for r in range(rows):
-        own = [order.pop() for _ in range(needs[r])]
-        table[r, : needs[r]] = torch.tensor(own, dtype=torch.int32)
-        for position in range(present[r]):
-            block, offset = own[position // size], position % size
-            if position < case.past[r]:
-                k_blocks[block, :, :, offset] = normal(case.kv_heads, case.head_dim).to(case.cache_dtype)
-                v_blocks[block, :, offset] = normal(case.kv_heads, case.head_dim).to(case.cache_dtype)
-            else:
-                slots.append(block * size + offset)
-                positions.append(position)
-    # One wide tensor, as a fused projection gives it: q, k and v are strided views.
-    qkv = normal(total, case.heads + 2 * case.kv_heads, case.head_dim).to(case.dtype)
-    q, k, v = torch.split(qkv, [case.heads, case.kv_heads, case.kv_heads], dim=1)
-    bias, bias_start = None, None
-    if case.biased:
-        sizes = torch.tensor([n * length for n, length in zip(case.new, present, strict=True)])
-        bias_start = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        bias = normal(int(sizes.sum()))
-        bias[torch.rand(bias.shape, generator=generator) < 0.3] = -torch.inf
-        if case.new[0]:
-            bias[: present[0]] = -torch.inf  # the first query sees nothing
-    rotary = None
-    if case.rotary_dim:
-        angles = normal(max([1, *present]), case.rotary_dim // 2) * 3
-        rotary = Rotary(angles.cos(), angles.sin())
-    starts = [sum(case.new[:r]) for r in range(rows + 1)]
-    inputs = AttentionInputs(
-        query_start=torch.tensor(starts, dtype=torch.int32),
-        past_length=torch.tensor(case.past, dtype=torch.int32),
-        present_length=torch.tensor(present, dtype=torch.int32),
-        block_table=table,
-        positions=torch.tensor(positions, dtype=torch.int64),
-        slots=torch.tensor(slots, dtype=torch.int64),
-        causal=case.causal,
-        bias=bias,
-        bias_start=bias_start,
-    )
-    return World(case, q, k, v, k_blocks, v_blocks, inputs, rotary, case.head_dim**-0.5)
-
-
-def rotated(x: Tensor, positions: Tensor, rotary: Rotary | None) -> Tensor:
-    """(T, heads, head_dim) in float32, as the contract says it."""
-    x = x.float()
-    if rotary is None:
-        return x
-    cos, sin = rotary.cos[positions][:, None], rotary.sin[positions][:, None]
-    half = cos.shape[-1]
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
-
-
-def reference(w: World) -> Tensor:
-    """The contract in float64, one query at a time. (T, heads * head_dim)"""
-    inputs, size = w.inputs, w.case.block_size
-    cache = w.case.cache_dtype
-    k_blocks, v_blocks = w.k_blocks.double(), w.v_blocks.double()
-    k, v = rotated(w.k, inputs.positions, w.rotary).to(cache).double(), w.v.to(cache).double()
-    for t, slot in enumerate(inputs.slots.tolist()):
-        k_blocks[slot // size, :, :, slot % size] = k[t]
-        v_blocks[slot // size, :, slot % size] = v[t]
-    q = rotated(w.q, inputs.positions, w.rotary).double()
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    for r in range(len(inputs.past_length)):
-        start, end = inputs.query_start[r : r + 2].tolist()
-        past, present = int(inputs.past_length[r]), int(inputs.present_length[r])
-        own = inputs.block_table[r].long()
-        keys = k_blocks[own].permute(1, 2, 0, 3).flatten(2)[:, :, :present]
-        values = v_blocks[own].transpose(0, 1).flatten(1, 2)[:, :present]
-        keys = keys.repeat_interleave(w.case.heads // w.case.kv_heads, dim=0)
-        values = values.repeat_interleave(w.case.heads // w.case.kv_heads, dim=0)
-        limits = past + torch.arange(end - start)[:, None] if inputs.causal else torch.full((end - start, 1), present)
-        scores = (q[start:end].transpose(0, 1) @ keys) * w.scale  # (heads, n, present)
-        seen = torch.arange(present) <= limits
-        if inputs.bias is not None and inputs.bias_start is not None:
-            first, last = inputs.bias_start[r : r + 2].tolist()
-            bias = inputs.bias[first:last].view(end - start, present).double()
-            scores, seen = scores + bias, seen & (bias > -torch.inf)
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()  # nothing seen: 0 / 0
-        out[start:end] = (weights @ values).transpose(0, 1)
-    return out.flatten(1)
-
-
 def check(case: Case) -> None:
     w = make(case)
-    out = w.attend()
-    assert out.dtype == case.dtype
-    torch.testing.assert_close(out.double(), reference(w), rtol=TOLERANCE[case.dtype], atol=TOLERANCE[case.dtype])
+    truth, tolerance = reference(w), TOLERANCE[case.dtype]
+    out, *pools = w.run(CPU)
+    slow, *slow_pools = w.run(SDPA)
+    assert out.dtype == slow.dtype == case.dtype
+    torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(slow.double(), truth, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(pools, slow_pools, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- attention against the reference ----
@@ -225,9 +99,9 @@ def test_masks(isa: str, block_size: int, causal: bool, biased: bool) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(
-        st.tuples(st.sampled_from([0, 1, 15, 16, 255, 256, 257, 511, 512, 513, 700]), st.integers(0, 40)), max_size=5
-    ),
+    rows=st.lists(st.tuples(st.sampled_from(PASTS), st.integers(0, 40), st.integers(0, 40)), max_size=5),
+    apart=st.booleans(),
+    extras=st.sampled_from([0, 0, 1, 2, 17]),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 8),
     head_dim=st.sampled_from([1, 3, 8, 16, 24, 64, 80, 128]),
@@ -241,7 +115,9 @@ def test_masks(isa: str, block_size: int, causal: bool, biased: bool) -> None:
     seed=st.integers(0, 1000),
 )
 def test_any_batch(
-    rows: list[tuple[int, int]],
+    rows: list[tuple[int, int, int]],
+    apart: bool,
+    extras: int,
     kv_heads: int,
     group: int,
     head_dim: int,
@@ -255,7 +131,7 @@ def test_any_batch(
     seed: int,
 ) -> None:
     torch.ops.keypast.force_isa(isa)
-    past, new = tuple(p for p, _ in rows), tuple(n for _, n in rows)
+    past, new = tuple(p for p, _, _ in rows), tuple(n for _, n, _ in rows)
     check(
         Case(
             past=past,
@@ -267,35 +143,207 @@ def test_any_batch(
             dtype=dtype,
             cache_dtype=cache_dtype,
             causal=causal,
-            rotary_dim=int(head_dim * rotary) // 2 * 2,
+            rotary_dim=0 if apart else int(head_dim * rotary) // 2 * 2,
             biased=biased and bool(rows),
+            keys=tuple(m for _, _, m in rows) if apart else None,
+            extras=extras,
             seed=seed,
         )
     )
 
 
+# ---- the layer's own keys ----
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("block_size", [16, 32, 7])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("extras", [1, 2, 600])  # one chunk of them, and two
+def test_extra_keys(isa: str, block_size: int, causal: bool, biased: bool, extras: int) -> None:
+    """Ragged rows, partial blocks, a row with no key of its own, first queries that see nothing else."""
+    torch.ops.keypast.force_isa(isa)
+    case = Case(
+        (500, 0, 700, 0, 16),
+        (20, 3, 1, 30, 0),
+        keys=(20, 0, 1, 30, 0),
+        block_size=block_size,
+        causal=causal,
+        biased=biased,
+        extras=extras,
+        cache_dtype=torch.float16,
+    )
+    check(case)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [1, 3, 8, 24, 64, 128])
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_extra_keys_of_any_heads(isa: str, head_dim: int, group: int) -> None:
+    torch.ops.keypast.force_isa(isa)
+    for dtype, cache_dtype in zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True):
+        check(
+            Case(
+                (0, 513, 30),
+                (9, 1, 33),
+                heads=3 * group,
+                kv_heads=3,
+                head_dim=head_dim,
+                dtype=dtype,
+                cache_dtype=cache_dtype,
+                rotary_dim=head_dim // 2 * 2,
+                extras=2,
+            )
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("hidden", ["masked", "none"])
+def test_one_extra_key_is_all_that_a_blind_query_sees(backend: Backend, hidden: str) -> None:
+    past, keys = ((40,), (3,)) if hidden == "masked" else ((0,), (0,))
+    w = make(Case(past, (3,), keys=keys, biased=True, extras=1, dtype=torch.float16))
+    assert w.inputs.bias is not None
+    assert w.scoring.extra_v is not None
+    w.inputs.bias.fill_(-torch.inf)
+    only = w.scoring.extra_v[0].repeat_interleave(3, 0).flatten().half()  # 6 heads read 2
+    assert torch.equal(w.attend(backend), only.expand(3, -1))
+
+
+def test_an_empty_list_of_extra_keys_is_none() -> None:
+    w = make(Case((40, 0), (3, 20)))
+    empty = replace(w, scoring=Scoring(w.scoring.scale, torch.zeros(0, 2, 16), torch.zeros(0, 2, 16)))
+    assert torch.equal(empty.attend(CPU), w.attend(CPU))
+
+
+@pytest.mark.parametrize(
+    ("extra_k", "extra_v"),
+    [
+        (torch.zeros(1, 2, 16), None),
+        (None, torch.zeros(1, 2, 16)),
+        (torch.zeros(1, 2, 16), torch.zeros(2, 2, 16)),
+        (torch.zeros(1, 6, 16), torch.zeros(1, 6, 16)),
+        (torch.zeros(2, 16), torch.zeros(2, 16)),
+        (torch.zeros(1, 2, 16).half(), torch.zeros(1, 2, 16).half()),
+        (torch.zeros(2, 2, 16)[::2].expand(2, -1, -1), torch.zeros(2, 2, 16)),
+    ],
+)
+def test_refuses_extra_keys_of_another_form(extra_k: Tensor | None, extra_v: Tensor | None) -> None:
+    w = make(Case((20,), (1,)))
+    with pytest.raises(RuntimeError, match="keypast: extra_k and extra_v"):
+        replace(w, scoring=Scoring(w.scoring.scale, extra_k, extra_v)).attend(CPU)
+
+
+# ---- queries alone, keys alone ----
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("extras", [0, 1])
+def test_as_many_new_keys_as_a_row_brings(isa: str, causal: bool, biased: bool, extras: int) -> None:
+    torch.ops.keypast.force_isa(isa)
+    case = Case(
+        (20, 0, 513, 7, 0), (3, 40, 1, 0, 5), keys=(0, 5, 20, 9, 0), causal=causal, biased=biased, extras=extras
+    )
+    check(case)
+    check(replace(case, block_size=7, dtype=torch.bfloat16, cache_dtype=torch.float16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_queries_alone_read_the_past_and_write_nothing(backend: Backend) -> None:
+    case = Case((20, 600), (3, 1), keys=(0, 0), causal=False, cache_dtype=torch.float16)
+    w = make(case)
+    out, *pools = w.run(backend)
+    torch.testing.assert_close(out.double(), reference(w), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(pools, [w.k_blocks, w.v_blocks], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("keys", [(3, 0, 40), (0, 0, 0)])
+def test_keys_alone_are_written(backend: Backend, keys: tuple[int, ...]) -> None:
+    w = make(Case((20, 0, 0), (0, 0, 0), keys=keys, dtype=torch.float16, extras=1))
+    out, k_blocks, v_blocks = w.run(backend)
+    assert out.shape == (0, 6 * 16)
+    assert out.dtype == torch.float16
+    block, offset = w.inputs.slots // 16, w.inputs.slots % 16
+    assert len(block) == sum(keys)
+    assert torch.equal(k_blocks[block, :, :, offset], w.k.float())
+    assert torch.equal(v_blocks[block, :, offset], w.v.float())
+    written = torch.zeros(w.v_blocks.shape[0], 16, dtype=torch.bool)
+    written[block, offset] = True
+    untouched = v_blocks.transpose(1, 2)[~written], w.v_blocks.transpose(1, 2)[~written]
+    torch.testing.assert_close(*untouched, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 0), (0, 1), (1, 3), (3, 1)])
+def test_rotary_needs_a_position_for_each_key(backend: Backend, queries: int, keys: int) -> None:
+    w = make(Case((20,), (queries,), keys=(keys,)))
+    rotary = make(Case((20,), (3,), rotary_dim=16)).rotary
+    with pytest.raises((ValueError, RuntimeError), match="S must be T"):
+        replace(w, rotary=rotary).attend(backend)
+
+
+# ---- what the kernels leave to the slow truth ----
+
+
+@pytest.mark.parametrize("softmax_dtype", [torch.float16, torch.bfloat16])
+def test_a_softmax_in_half_precision(softmax_dtype: torch.dtype) -> None:
+    w = make(Case((40, 0), (3, 20), heads=2, extras=1, causal=False))
+    half = replace(w, scoring=replace(w.scoring, softmax_dtype=softmax_dtype))
+    out, *pools = half.run(CPU)
+    slow, *slow_pools = half.run(SDPA)
+    assert torch.equal(out, slow)
+    torch.testing.assert_close(pools, slow_pools, rtol=0, atol=0, equal_nan=True)
+    assert w.scoring.extra_k is not None
+    assert w.scoring.extra_v is not None
+    scores = torch.einsum("nhd,khd->hnk", w.q[3:], torch.cat([w.k[3:], w.scoring.extra_k])) * w.scoring.scale
+    weights = scores.to(softmax_dtype).softmax(-1)
+    assert not torch.equal(weights.float(), scores.softmax(-1)), "the case tells the two apart"
+    expected = torch.einsum("hnk,khd->nhd", weights.float(), torch.cat([w.v[3:], w.scoring.extra_v])).flatten(1)
+    coarse = 2 * torch.finfo(softmax_dtype).eps
+    torch.testing.assert_close(out[3:], expected, rtol=coarse / 8, atol=coarse / 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_dropout_of_probabilities(backend: Backend) -> None:
+    """Sixteen equal probabilities, each either gone or doubled; the values tell which."""
+    w = make(Case((0,), (16,), heads=2, causal=False))
+    w.q.zero_()
+    w.v.copy_(torch.eye(16)[:, None].expand(16, 2, 16))
+    torch.manual_seed(0)
+    out = replace(w, scoring=replace(w.scoring, dropout=0.5)).attend(backend)
+    assert set(out.flatten().tolist()) == {0.0, 0.125}
+    assert 0.3 < (out == 0).float().mean() < 0.7
+
+
+# ---- what memory holds afterwards, and what is not read ----
+
+
 def test_writes_the_pools() -> None:
     w = make(Case((5, 0), (2, 18), head_dim=24, rotary_dim=10, dtype=torch.bfloat16, cache_dtype=torch.float16))
-    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, w.rotary, Scoring(w.scale))
+    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, w.rotary, w.scoring)
     block, offset = w.inputs.slots // 16, w.inputs.slots % 16
     rotated_k = rotated(w.k, w.inputs.positions, w.rotary).half()
     assert torch.equal(w.k_blocks[block, :, :, offset], rotated_k), "float32 rotation, then one rounding"
     assert torch.equal(w.v_blocks[block, :, offset], w.v.half())
 
 
-def test_padding_positions_write_to_the_null_block_and_give_zeros() -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_padding_positions_write_to_the_null_block_and_give_zeros(backend: Backend) -> None:
     w = make(Case((40, 0), (1, 0)))
     w.inputs = replace(w.inputs, slots=torch.zeros(1, dtype=torch.int64), query_start=torch.zeros(3, dtype=torch.int32))
-    CPU.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, None, Scoring(w.scale))
+    backend.attend(w.q, w.k, w.v, w.k_blocks, w.v_blocks, w.inputs, None, w.scoring)
     assert torch.equal(w.k_blocks[0, :, :, 0], w.k[0])
     w.k_blocks[0].fill_(torch.nan)
-    assert torch.equal(w.attend(), torch.zeros(1, w.q.shape[1] * w.q.shape[2]))
+    assert torch.equal(w.attend(backend), torch.zeros(1, w.q.shape[1] * w.q.shape[2]))
 
 
-def test_empty_row_gives_zeros() -> None:
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_empty_row_gives_zeros(backend: Backend) -> None:
     w = make(Case((0, 20), (1, 1)))
     w.inputs.present_length[0] = 0
-    out = w.attend()
+    out = w.attend(backend)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert out[1].isfinite().all()
 
@@ -305,20 +353,20 @@ def test_masked_values_do_not_leak() -> None:
     w = make(Case((40,), (12,), heads=3, kv_heads=1, biased=True))
     assert w.inputs.bias is not None
     w.inputs.bias.view(12, 52)[:, 7] = -torch.inf
-    clean = w.attend()
+    clean = w.attend(CPU)
     block = w.inputs.block_table[0, 0]
     w.k_blocks[block, :, :, 7] = torch.nan
     w.v_blocks[block, :, 7] = torch.inf
-    assert torch.equal(w.attend(), clean)
+    assert torch.equal(w.attend(CPU), clean)
     w.v[5] = torch.nan
-    assert torch.equal(w.attend()[:5], clean[:5])
+    assert torch.equal(w.attend(CPU)[:5], clean[:5])
 
 
 def test_overflow_stays_in_its_own_query() -> None:
     w = make(Case((40,), (3,), heads=1, kv_heads=1))
-    clean = w.attend()
+    clean = w.attend(CPU)
     w.q[1] = torch.nan
-    out = w.attend()
+    out = w.attend(CPU)
     assert out[1].isnan().all()
     assert torch.equal(out[::2], clean[::2])
 
@@ -344,7 +392,7 @@ def in_chunks(w: World, sizes: list[int]) -> Tensor:
             positions=w.inputs.positions[new],
             slots=w.inputs.slots[new],
         )
-        parts.append(CPU.attend(w.q[new], w.k[new], w.v[new], k_blocks, v_blocks, inputs, w.rotary, Scoring(w.scale)))
+        parts.append(CPU.attend(w.q[new], w.k[new], w.v[new], k_blocks, v_blocks, inputs, w.rotary, w.scoring))
         start += n
     return torch.cat(parts)
 
@@ -355,19 +403,23 @@ def in_chunks(w: World, sizes: list[int]) -> Tensor:
 def test_prefill_equals_chunks_and_steps(isa: str, block_size: int, heads: int, head_dim: int) -> None:
     torch.ops.keypast.force_isa(isa)
     w = make(replace(SAME, heads=heads, head_dim=head_dim, rotary_dim=head_dim, block_size=block_size))
-    whole = w.attend()
+    whole = w.attend(CPU)
     assert torch.equal(in_chunks(w, [1] * 300), whole)
     for sizes in ([1, 299], [299, 1], [211, 1, 88], [212, 88], [213, 87], [3, 7, 100, 103, 1, 86]):  # 512 is a border
         assert torch.equal(in_chunks(w, sizes), whole), sizes
 
 
 @settings(max_examples=15, deadline=None)
-@given(cuts=st.sets(st.integers(1, 299), max_size=12), isa=st.sampled_from(ISAS))
-def test_prefill_equals_any_chunks(cuts: set[int], isa: str) -> None:
+@given(
+    cuts=st.sets(st.integers(1, 299), max_size=12),
+    extras=st.sampled_from([0, 1, 2, 600]),
+    isa=st.sampled_from(ISAS),
+)
+def test_prefill_equals_any_chunks(cuts: set[int], extras: int, isa: str) -> None:
     torch.ops.keypast.force_isa(isa)
-    w = make(SAME)
+    w = make(replace(SAME, extras=extras))
     edges = [0, *sorted(cuts), 300]
-    assert torch.equal(in_chunks(w, [b - a for a, b in itertools.pairwise(edges)]), w.attend())
+    assert torch.equal(in_chunks(w, [b - a for a, b in itertools.pairwise(edges)]), w.attend(CPU))
 
 
 def alone(w: World, row: int) -> Tensor:
@@ -382,20 +434,21 @@ def alone(w: World, row: int) -> Tensor:
         positions=inputs.positions[start:end],
         slots=inputs.slots[start:end],
     )
-    return replace(w, inputs=own, q=w.q[start:end], k=w.k[start:end], v=w.v[start:end]).attend()
+    return replace(w, inputs=own, q=w.q[start:end], k=w.k[start:end], v=w.v[start:end]).attend(CPU)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("causal", [True, False])
-def test_alone_equals_in_a_batch_on_any_threads(isa: str, causal: bool) -> None:
+@pytest.mark.parametrize("extras", [0, 2])
+def test_alone_equals_in_a_batch_on_any_threads(isa: str, causal: bool, extras: int) -> None:
     torch.ops.keypast.force_isa(isa)
-    w = make(replace(SAME, past=(0, 700, 255, 1500, 16), new=(40, 1, 2, 1, 100), causal=causal))
+    w = make(replace(SAME, past=(0, 700, 255, 1500, 16), new=(40, 1, 2, 1, 100), causal=causal, extras=extras))
     torch.set_num_threads(1)
-    batch = w.attend()
+    batch = w.attend(CPU)
     assert torch.equal(torch.cat([alone(w, row) for row in range(5)]), batch)
     for threads in (2, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(w.attend(), batch)
+        assert torch.equal(w.attend(CPU), batch)
         assert torch.equal(torch.cat([alone(w, row) for row in range(5)]), batch)
 
 
@@ -409,7 +462,7 @@ def test_blocks_may_lie_anywhere() -> None:
     )
     k_blocks, v_blocks = torch.empty_like(w.k_blocks), torch.empty_like(w.v_blocks)
     k_blocks[order], v_blocks[order] = w.k_blocks, w.v_blocks
-    assert torch.equal(replace(w, inputs=moved, k_blocks=k_blocks, v_blocks=v_blocks).attend(), w.attend())
+    assert torch.equal(replace(w, inputs=moved, k_blocks=k_blocks, v_blocks=v_blocks).attend(CPU), w.attend(CPU))
 
 
 # ---- what it refuses ----
@@ -422,13 +475,15 @@ def test_blocks_may_lie_anywhere() -> None:
         ("block_table", torch.tensor([[1, 99]], dtype=torch.int32)),
         ("present_length", torch.tensor([1000], dtype=torch.int32)),
         ("query_start", torch.tensor([0, 2], dtype=torch.int32)),
+        ("slots", torch.tensor([16, 17])),
+        ("slots", torch.zeros(0, dtype=torch.int64)),
     ],
 )
 def test_refuses_indices_outside_memory(field: str, value: Tensor) -> None:
     w = make(Case((20,), (1,)))
     w.inputs = replace(w.inputs, **{field: value})  # type: ignore[arg-type]
     with pytest.raises((ValueError, RuntimeError), match="keypast"):
-        w.attend()
+        w.attend(CPU)
 
 
 def test_force_isa_refuses_what_the_machine_lacks() -> None:
@@ -517,9 +572,13 @@ def test_operators_trace_and_match_their_schemas() -> None:
     assert rotary is not None
     checks = ("test_schema", "test_faketensor")
     tables = (inputs.query_start, inputs.past_length, inputs.present_length, inputs.block_table)
-    arguments = (*tables, inputs.positions, inputs.slots, True, None, None, rotary.cos, rotary.sin, 0.25)
     pools = w.k_blocks.nan_to_num(), w.v_blocks.nan_to_num()
-    torch.library.opcheck(torch.ops.keypast.attend, (w.q, w.k, w.v, *pools, *arguments), test_utils=checks)
+    appended = (*tables, inputs.positions, inputs.slots, True, None, None, rotary.cos, rotary.sin, 0.25, None, None)
+    torch.library.opcheck(torch.ops.keypast.attend, (w.q, w.k, w.v, *pools, *appended), test_utils=checks)
+    extra = w.k[:2].contiguous(), w.v[:2].contiguous()
+    alone = (*tables, inputs.positions, inputs.slots[:0], False, None, None, None, None, 0.25, *extra)
+    none = torch.empty(0, 2, 16)
+    torch.library.opcheck(torch.ops.keypast.attend, (w.q, none, none, *pools, *alone), test_utils=checks)
     x, weight = torch.randn(4, 16), torch.ones(16)
     torch.library.opcheck(torch.ops.keypast.rms_norm, (x, weight, 1e-5), test_utils=checks)
     torch.library.opcheck(torch.ops.keypast.add_rms_norm, (x, x, weight, 1e-5), test_utils=checks)
