@@ -85,10 +85,7 @@ def new_positions(spec: ModelSpec, append: Append, session: Session, pool_positi
             "batch_valid_length",
             f"each must be past_length + 0 to {n} and at least one row must grow; past_length is {past}, got {after}",
         )
-    if max(after) > session.max_length:
-        raise LengthExceeded(_first(spec), f"{max(after)} positions pass the session's max_length {session.max_length}")
-    if sum(after) > pool_positions:
-        raise LengthExceeded(_first(spec), f"{sum(after)} positions can never fit the pool of {pool_positions}")
+    check_fits(_first(spec), after, session, pool_positions)
     mask = append.inputs.get("attention_mask")
     if mask is not None and mask.shape[2] != max(past) + n:
         raise InvalidInput(
@@ -101,6 +98,14 @@ def check_version(expected: int | None, session: Session) -> None:
     if expected is not None and expected != session.version:
         message = f"the session is at version {session.version}, not {expected}"
         raise Moved(message, session.version, session.valid_length)
+
+
+def check_fits(field: str, after: list[int], session: Session, pool_positions: int) -> None:
+    """`after`: a row's length each. Raises LengthExceeded naming the field."""
+    if max(after) > session.max_length:
+        raise LengthExceeded(field, f"{max(after)} positions pass the session's max_length {session.max_length}")
+    if sum(after) > pool_positions:
+        raise LengthExceeded(field, f"{sum(after)} positions can never fit the pool of {pool_positions}")
 
 
 def _first(spec: ModelSpec) -> str:

@@ -1,4 +1,4 @@
-"""Plain data between the parts: what a caller asks for (Append, Truncate, Generate), and what a batch is made of.
+"""Plain data between the parts: what a caller asks for (Append, Truncate, ...), and what a batch is made of.
 
 An append of n positions to a sequence of length `past`, run in chunks; every range is half-open:
 
@@ -8,6 +8,9 @@ An append of n positions to a sequence of length `past`, run in chunks; every ra
 
 A *peek* is an append of n = 0: no position is added, the outputs of the last one are given again (from the sequence's
 `tail`; without one, the last position is replayed with its K and V written to the null block).
+
+A *transfer* moves a past as it is, in place of a forward pass: an export is a peek that hands the past out, an import
+an append to an empty session whose keys and values come ready made.
 """
 
 from __future__ import annotations
@@ -142,7 +145,47 @@ class Generate:
     cancelled: bool = False  # set by anyone, at any time
 
 
-Operation = Append | Truncate | Generate
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionPast:
+    """A past off the device: `arrays` by name as `ModelSpec.past_tensors` has them, `valid_length` a row, and the model
+    they belong to. What stands past a row's valid length is zero in one that goes out, and ignored in one that comes.
+    """
+
+    arrays: dict[str, Array]
+    valid_length: list[int]
+    kind: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    past: SessionPast
+    version: int
+
+
+@dataclass(slots=True, eq=False)
+class ExportPast:
+    """The past as it is at its turn. The session is not changed."""
+
+    session_id: str
+    tenant: str = ""
+    expected_version: int | None = None
+    future: Future[ExportResult] = field(default_factory=Future)
+
+
+@dataclass(slots=True, eq=False)
+class ImportPast:
+    """A past into an empty session, as one append. The arrays must stay as they are until the future is done."""
+
+    session_id: str
+    past: SessionPast
+    tenant: str = ""
+    expected_version: int | None = None
+    future: Future[SessionInfo] = field(default_factory=Future)
+
+
+Operation = Append | Truncate | Generate | ExportPast | ImportPast
+Transfer = Literal["read_past", "write_past"]
 
 
 @dataclass(slots=True, eq=False)
@@ -163,6 +206,10 @@ class Work:
     )  # (shared, own) blocks, held until a batch has copied them
     alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
     future: Future[Any] | None = None  # cancelled before the first schedule: dropped
+    transfer: Transfer | None = (
+        None  # in place of a forward pass: alone in its batch, whole, `inputs` or `outputs` a past
+    )
+    outputs: dict[str, Any] = field(default_factory=dict)  # of all rows at once
     done: list[int] = field(default_factory=list)
     results: list[list[RowResult]] = field(default_factory=list)  # a row's chunks in order
     past_length: list[int] = field(default_factory=list)
@@ -170,6 +217,11 @@ class Work:
     @property
     def is_peek(self) -> bool:
         return not any(self.new)
+
+    @property
+    def changes(self) -> bool:
+        """Whether its commit makes a new version. (An import may bring empty rows only.)"""
+        return not self.is_peek or self.transfer == "write_past"
 
     @property
     def queue_ms(self) -> float:

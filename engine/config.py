@@ -15,6 +15,7 @@ class EngineConfig:
     wait_seconds: float = 30.0  # an append that got no blocks by then is refused
     max_sessions: int = 65536
     tombstones: int = 65536  # gone sessions that still answer 410
+    max_past_bytes: int = 1 << 30  # of one exported past
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

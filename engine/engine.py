@@ -15,7 +15,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.admission import check_inputs, check_version, check_want, new_positions
-from engine.batch import Append, AppendResult, Batch, Generate, Operation, RowResult, Truncate, Want, Work
+from engine.batch import (
+    Append,
+    AppendResult,
+    Array,
+    Batch,
+    ExportPast,
+    ExportResult,
+    Generate,
+    ImportPast,
+    Operation,
+    RowResult,
+    Transfer,
+    Truncate,
+    Want,
+    Work,
+)
 from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.errors import (
@@ -30,6 +45,7 @@ from engine.errors import (
     WrongState,
 )
 from engine.generation import Generation
+from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
 from engine.scheduler import Scheduler
 from engine.session import Sequence, Session, SessionState
@@ -49,6 +65,15 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> list[RowResult]:
         """Copies the batch's blocks, then one forward pass; a result a row, in order."""
+        ...
+
+    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        """A row's first `lengths` positions in its block table -> keys and values as `ModelSpec.past_tensors` has them,
+        T the longest length, zero past a row's own."""
+        ...
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        """The other way: T is at least the longest length, and what stands past a row's own is not written."""
         ...
 
 
@@ -178,7 +203,13 @@ class Engine:
     # Operations: in arrival order per session, answered through their future.
 
     def submit(self, operation: Operation) -> None:
-        """Queues it behind the session's others. Raises what can be said at once (not found, gone, invalid, full)."""
+        """Queues it behind the session's others. Raises what can be said at once (not found, gone, invalid, full).
+
+        An import is read through first, which takes a while for a large one; not under the lock.
+        """
+        if isinstance(operation, ImportPast):
+            info = self.session(operation.session_id, operation.tenant)
+            check_past(self._served[info.model].spec, operation.past, len(info.valid_length))
         with self._lock:
             self._refuse_when_stopping()
             session = self._store.find(operation.tenant, operation.session_id)
@@ -267,7 +298,7 @@ class Engine:
         error: Exception | None = None
         results: list[RowResult] = []
         try:
-            results = served.runner.run(batch)
+            results = _execute(served.runner, batch)
         except Exception as failure:  # the model's own code may raise anything; one batch is lost, the engine is not
             error = failure
         elapsed_ms = (time.perf_counter() - started) * 1e3
@@ -307,7 +338,7 @@ class Engine:
             sequence.length += new
             if work.results[index]:
                 sequence.tail = work.results[index][-1].tail
-        if not work.is_peek:
+        if work.changes:
             session.version += 1
         self._store.touch(session)
         served.scheduler.remove(work)
@@ -356,6 +387,14 @@ class Engine:
             capacity = (served.pool.blocks - 1) * self.config.block_size
             new = new_positions(served.spec, operation, session, capacity)
             self._add(served, session, operation.inputs, new, operation.want, self._end_append, operation.future)
+        elif isinstance(operation, ExportPast):
+            check_export(served.spec, operation, session, self.config.max_past_bytes)
+            new = [0] * len(session.sequences)
+            self._add(served, session, {}, new, Want(), self._end_append, operation.future, "read_past")
+        elif isinstance(operation, ImportPast):
+            new = import_positions(operation, session, (served.pool.blocks - 1) * self.config.block_size)
+            arrays = operation.past.arrays
+            self._add(served, session, arrays, new, Want(), self._end_append, operation.future, "write_past")
         else:
             check_version(operation.expected_version, session)
             if not all(session.valid_length):
@@ -371,9 +410,10 @@ class Engine:
         want: Want,
         finish: Callable[[Work, dict[str, Any], BaseException | None], None],
         future: Future[Any] | None = None,
+        transfer: Transfer | None = None,
     ) -> None:
         session.state = SessionState.RUNNING
-        served.scheduler.add(Work(session, inputs, new, want, finish, self._clock(), future=future))
+        served.scheduler.add(Work(session, inputs, new, want, finish, self._clock(), future=future, transfer=transfer))
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
         session = work.session
@@ -384,11 +424,17 @@ class Engine:
         if error is not None:
             _reject(operation, error)
         else:
-            result = AppendResult(
-                outputs, work.past_length, session.valid_length, session.version, work.queue_ms, work.compute_ms
-            )
-            _resolve(operation.future, result)
+            _resolve(operation.future, self._result(operation, work, outputs))
         self._advance(session)
+
+    def _result(self, operation: Operation, work: Work, outputs: dict[str, Any]) -> object:
+        session = work.session
+        if isinstance(operation, ImportPast):
+            return self._info(session)
+        if isinstance(operation, ExportPast):
+            return ExportResult(export_past(self._served[session.model].spec, session, outputs), session.version)
+        lengths = work.past_length, session.valid_length
+        return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms)
 
     def _begin_generation(self, served: _Served, session: Session, operation: Generate) -> None:
         generation = Generation(operation, session)
@@ -545,6 +591,18 @@ def _check_session(session: Session, spec: ModelSpec, block_size: int) -> None:
             raise RuntimeError(f"{session!r} passes its max_length {session.max_length}")
     if session.state is SessionState.IDLE and session.waiting:
         raise RuntimeError(f"{session!r} is idle and has {len(session.waiting)} operations waiting")
+
+
+def _execute(runner: Runner, batch: Batch) -> list[RowResult]:
+    work = batch.rows[0].work
+    if work.transfer is None:
+        return runner.run(batch)
+    tables, lengths = [row.table.tolist() for row in batch.rows], [row.stop for row in batch.rows]
+    if work.transfer == "read_past":
+        work.outputs = runner.read_past(tables, lengths)
+    else:
+        runner.write_past(tables, lengths, work.inputs)
+    return [RowResult(tail=row.tail) for row in batch.rows]
 
 
 def _as_engine_error(error: Exception) -> EngineError:

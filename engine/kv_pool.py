@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.specs import KVSpec
@@ -29,3 +30,24 @@ class KVPool:
         source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
         self.k[:, target] = self.k[:, source]
         self.v[:, target] = self.v[:, source]
+
+    def read(self, layer: int, tables: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's past: tables int64 (R, W), valid bool (R, T), T within W blocks -> K (R, kv_heads, head_dim, T)
+        and V (R, kv_heads, T, head_dim), zero where not valid."""
+        k_blocks, v_blocks = self.layers[layer]
+        slots = valid.shape[1]
+        k = k_blocks[tables].permute(0, 2, 3, 1, 4).flatten(3)[..., :slots]  # (R, kv_heads, head_dim, W * block_size)
+        v = v_blocks[tables].permute(0, 2, 1, 3, 4).flatten(2, 3)[:, :, :slots]
+        return k.masked_fill(~valid[:, None, None], 0), v.masked_fill(~valid[:, None, :, None], 0)
+
+    def write(self, layer: int, tables: Tensor, valid: Tensor, k: Tensor, v: Tensor) -> None:
+        """The inverse of `read`; only blocks with a valid slot are written."""
+        k_blocks, v_blocks = self.layers[layer]
+        block_size = k_blocks.shape[-1]
+        width, slots = tables.shape[1], valid.shape[1]
+        rows, columns = valid[:, ::block_size].nonzero(as_tuple=True)
+        blocks, more = tables[rows, columns], width * block_size - slots
+        k = F.pad(k.to(k_blocks.dtype).masked_fill(~valid[:, None, None], 0), (0, more))
+        v = F.pad(v.to(v_blocks.dtype).masked_fill(~valid[:, None, :, None], 0), (0, 0, 0, more))
+        k_blocks[blocks] = k.view(*k.shape[:3], width, block_size).permute(0, 3, 1, 2, 4)[rows, columns]
+        v_blocks[blocks] = v.view(*v.shape[:2], width, block_size, v.shape[3]).permute(0, 2, 1, 3, 4)[rows, columns]

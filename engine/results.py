@@ -10,7 +10,7 @@ from engine.batch import Array, RowResult, Work, concat
 def gather(work: Work) -> dict[str, Any]:
     """Outputs by name. What a row gives per position becomes (B, n, ...), zero where a row is shorter; arrays that it
     gives once are padded to the largest and stacked; anything else is a list with None for a row that gave nothing."""
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, Any] = dict(work.outputs)
     for name in _names(work, "positions"):
         rows = [[chunk.positions[name] for chunk in chunks] for chunks in work.results]
         outputs[name] = stack_padded([concat(chunks) if chunks else None for chunks in rows])

@@ -10,7 +10,7 @@ from engine.attention.base import AttentionInputs, Backend
 from engine.attention.mask import ragged_bias
 from engine.attention.view import PagedView
 from engine.batch import Array, Batch, Row, RowResult
-from engine.blocks import NULL_BLOCK
+from engine.blocks import NULL_BLOCK, blocks_for
 from engine.kv_pool import KVPool
 from engine.models.base import Model
 from engine.specs import ModelSpec
@@ -68,6 +68,36 @@ class ModelRunner:
     def outputs(self, batch: Batch, hidden: Tensor, view: PagedView) -> list[RowResult]:
         """A result a row, in order."""
         return self.model.outputs(hidden, batch.rows, self._starts(batch.rows), view)
+
+    @torch.inference_mode()
+    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        """Keys and values as `ModelSpec.past_tensors` has them; T is the longest length."""
+        table, valid = self._past_blocks(tables, lengths)
+        past = {}
+        for layer in range(self.spec.kv.layers):
+            key, value = self._pool.read(layer, table, valid)
+            past[f"key_past.{layer}"], past[f"value_past.{layer}"] = _to_numpy(key), _to_numpy(value)
+        return past
+
+    @torch.inference_mode()
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        """The inverse of `read_past`; more slots than the longest length are ignored."""
+        table, valid = self._past_blocks(tables, lengths)
+        slots = valid.shape[1]
+        for layer in range(self.spec.kv.layers):
+            key = self._tensor(arrays[f"key_past.{layer}"][..., :slots])
+            value = self._tensor(arrays[f"value_past.{layer}"][:, :, :slots])
+            self._pool.write(layer, table, valid, key, value)
+
+    def _past_blocks(self, tables: list[list[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """What covers the lengths, (R, W) padded with the null block, and which slots are valid, bool (R, T)."""
+        width = blocks_for(max(lengths), self._block_size)
+        table = np.full((len(tables), width), NULL_BLOCK, dtype=np.int64)
+        for own, blocks, length in zip(table, tables, lengths, strict=True):
+            used = blocks_for(length, self._block_size)
+            own[:used] = blocks[:used]
+        valid = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        return self._tensor(table), self._tensor(valid)
 
     def _attention(self, rows: list[Row]) -> dict[str, Array]:
         """A replayed position stands at stop - 1, sees what is there, and writes its K and V to the null block."""
@@ -129,3 +159,7 @@ class ModelRunner:
 def _mask(row: Row) -> Array | None:
     """The caller's mask for this row's positions, (count, T)."""
     return row.input("attention_mask") if "attention_mask" in row.work.inputs else None
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()

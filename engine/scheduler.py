@@ -54,7 +54,7 @@ class Scheduler:
         rows: list[Row] = []
         budget = self._token_budget
         for work in self._in_order():
-            if rows and (work.alone or rows[0].work.alone):
+            if rows and (_runs_alone(work) or _runs_alone(rows[0].work)):
                 continue
             if budget <= 0 or len(rows) + len(work.new) > max(self._max_rows, len(work.new)):
                 break
@@ -91,7 +91,12 @@ class Scheduler:
         return grow + self._writes_shared(sequence)
 
     def _in_order(self) -> list[Work]:
-        return sorted(self._queue, key=lambda work: max(n - d for n, d in zip(work.new, work.done, strict=True)) > 1)
+        """A transfer is one copy however long, and would wait for ever behind steps if it came after them."""
+
+        def far(work: Work) -> bool:
+            return work.transfer is None and max(n - d for n, d in zip(work.new, work.done, strict=True)) > 1
+
+        return sorted(self._queue, key=far)
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         at, offset = divmod(sequence.length, self._block_size)
@@ -129,9 +134,9 @@ class Scheduler:
         rows = []
         for index, sequence in enumerate(work.session.sequences):
             left = work.new[index] - work.done[index]
-            if left == 0 and not work.is_peek:
+            if left == 0 and not work.is_peek and work.transfer is None:
                 continue
-            count = min(left, budget) if self._causal else left
+            count = min(left, budget) if self._causal and work.transfer is None else left
             if left and count <= 0:
                 break
             start = work.past_length[index] + work.done[index]
@@ -149,3 +154,7 @@ class Scheduler:
             )
             budget -= count
         return rows
+
+
+def _runs_alone(work: Work) -> bool:
+    return work.alone or work.transfer is not None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_NUMPY = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}  # numpy has no bfloat16: it is widened
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +52,15 @@ class ModelSpec:
     fingerprint: str
     history: str | None = None
     vocab_size: int | None = None
+
+    def past_tensors(self, rows: int, slots: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Numpy dtype and shape of each array of a past off the device, by name, in MindSpore's layout."""
+        kv = self.kv
+        dtype = _NUMPY[kv.dtype]
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for layer in range(kv.layers):
+            tensors[f"key_past.{layer}"] = (dtype, (rows, kv.kv_heads, kv.head_dim, slots))
+            tensors[f"value_past.{layer}"] = (dtype, (rows, kv.kv_heads, slots, kv.head_dim))
+        if self.history is not None:
+            tensors[self.history] = ("int64", (rows, slots))
+        return tensors

@@ -16,6 +16,7 @@ name for NaN and infinities such an output is sent as base64 whatever the form.
 
 import base64
 import binascii
+import hashlib
 import json
 import math
 import re
@@ -29,7 +30,6 @@ import numpy.typing as npt
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from safetensors import SafetensorError, deserialize
-from safetensors.numpy import save
 
 from keypast.schemas import Appended, AppendReply, AppendRequest, TensorBody
 
@@ -54,6 +54,7 @@ _SAFETENSORS_DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+_SAFETENSORS_NAMES = {name: short for short, name in _SAFETENSORS_DTYPES.items()}
 _UNION_BRANCH = re.compile(r"(int|str|constrained-str|constrained-int|list\[.*\]|function-.*)")
 
 
@@ -189,10 +190,15 @@ def _finite(field: str, array: Array) -> Array:
 
 
 def _plain(field: str, array: Array) -> Array:
-    """Contiguous and of the machine's byte order, so that its bytes are the wire's."""
+    """Contiguous and little-endian, so that its bytes are the wire's."""
     if array.dtype.name not in _ITEM_BYTES:
         raise WireError(field, f"dtype {array.dtype.name} cannot travel; one of {', '.join(_ITEM_BYTES)} can")
-    return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _bytes(array: Array) -> memoryview:
+    """The bytes of a `_plain` array, not copied."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 # ---- a safetensors body ---------------------------------------------------------------------------------------------
@@ -220,14 +226,41 @@ def load_tensors(body: bytes, *, finite: bool = True) -> Tensors:
         if dtype is None:
             raise WireError(name, f"dtype {view['dtype']} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
         _size(name, dtype, view["shape"])
-        array = _from_bytes(name, dtype, view["shape"], bytearray(view["data"]))
+        data = view["data"]  # a bytearray of its own, or bytes in older versions
+        array = _from_bytes(name, dtype, view["shape"], data if isinstance(data, bytearray) else bytearray(data))
         arrays[name] = _finite(name, array) if finite else array
     return Tensors(arrays, metadata)
 
 
 def dump_tensors(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> bytes:
-    """Raises WireError naming the array whose dtype cannot travel."""
-    return save({name: _plain(name, array) for name, array in arrays.items()}, dict(metadata))
+    """The same bytes for the same content, which the library does not promise: its header's order varies.
+
+    Raises WireError naming the array whose dtype cannot travel.
+    """
+    plain = {name: _plain(name, array) for name, array in arrays.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    data: list[memoryview] = []
+    end = 0
+    for name in sorted(plain, key=lambda name: (-plain[name].itemsize, name)):  # the widest first: all are aligned
+        array = plain[name]
+        start, end = end, end + array.nbytes
+        dtype = _SAFETENSORS_NAMES[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+        data.append(_bytes(array))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *data])
+
+
+def digest(arrays: Mapping[str, Array]) -> str:
+    """`sha256:` and the hex digest over every array, in the order of their names: a line `name dtype d0,d1,..`, then
+    its bytes. Raises WireError naming the array whose dtype cannot travel."""
+    hashed = hashlib.sha256()
+    for name in sorted(arrays):
+        array = _plain(name, arrays[name])
+        hashed.update(f"{name} {array.dtype.name} {','.join(map(str, array.shape))}\n".encode())
+        hashed.update(_bytes(array))
+    return f"sha256:{hashed.hexdigest()}"
 
 
 def _header(body: bytes) -> dict[str, Any]:
@@ -291,10 +324,19 @@ def _decode_option(text: str) -> object:
 
 def is_safetensors(content_type: str | None) -> bool:
     """False: JSON, which a missing content type means too. Raises UnsupportedMediaError."""
+    return _media(content_type, JSON_TYPE, SAFETENSORS_TYPE) == SAFETENSORS_TYPE
+
+
+def check_safetensors(content_type: str | None) -> None:
+    """For a body that can be nothing else. Raises UnsupportedMediaError."""
+    _media(content_type, SAFETENSORS_TYPE)
+
+
+def _media(content_type: str | None, *read: str) -> str:
     media = (content_type or JSON_TYPE).partition(";")[0].strip().lower()
-    if media not in (JSON_TYPE, SAFETENSORS_TYPE):
-        raise UnsupportedMediaError("Content-Type", f"{media[:80]} is not read; send {JSON_TYPE} or {SAFETENSORS_TYPE}")
-    return media == SAFETENSORS_TYPE
+    if media not in read:
+        raise UnsupportedMediaError("Content-Type", f"{media[:80]} is not read here; send {' or '.join(read)}")
+    return media
 
 
 def reply_form(request_form: Form, accept: str | None) -> Form:

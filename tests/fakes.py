@@ -1,10 +1,11 @@
 """Stand-ins that are passed to constructors: a clock that is told the time, a runner that keeps its past in a dict."""
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from engine.batch import Batch, Row, RowResult
+from engine.batch import Array, Batch, Row, RowResult
 from engine.specs import KVSpec, ModelSpec, TensorSpec
 
 VOCAB = 97
@@ -49,44 +50,102 @@ class FakeClock:
         return self.now
 
 
+class FakeMemory:
+    """One number a slot, as a device would keep it by (block, offset). In a past every key of a position is its number
+    and every value minus that; what comes in any other way is noted in `faults`."""
+
+    def __init__(self, spec: ModelSpec, block_size: int) -> None:
+        self.spec = spec
+        self.block_size = block_size
+        self.faults: list[str] = []
+        self._slots: dict[tuple[int, int], float] = defaultdict(float)
+
+    def read(self, table: Sequence[int], positions: Iterable[int]) -> list[float]:
+        return [self._slots[self._slot(table, position)] for position in positions]
+
+    def write(self, table: Sequence[int], start: int, numbers: Iterable[float]) -> None:
+        for position, number in enumerate(numbers, start):
+            self._slots[self._slot(table, position)] = number
+
+    def copy(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for source, target in pairs:
+            for offset in range(self.block_size):
+                self._slots[target, offset] = self._slots[source, offset]
+
+    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        numbers = np.zeros((len(lengths), max(lengths)))
+        for row, table, length in zip(numbers, tables, lengths, strict=True):
+            row[:length] = self.read(table, range(length))
+        past = {}
+        for name, (dtype, shape) in self.spec.past_tensors(*numbers.shape).items():
+            if name.startswith("key_past"):
+                past[name] = np.broadcast_to(numbers[:, None, None, :], shape).astype(dtype)
+            elif name.startswith("value_past"):
+                past[name] = np.broadcast_to(-numbers[:, None, :, None], shape).astype(dtype)
+        return past
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+            key = arrays["key_past.0"][row, :, :, :length]
+            value = arrays["value_past.0"][row, :, :length]
+            if (key != key[0, 0]).any() or (value != -key[0, 0][:, None]).any():
+                self.faults.append(f"row {row} is not as it was exported")
+            self.write(table, 0, key[0, 0].tolist())
+
+    def _slot(self, table: Sequence[int], position: int) -> tuple[int, int]:
+        return table[position // self.block_size], position % self.block_size
+
+
 class FakeRunner:
     """A model that reads its whole past through the block table: what it gives depends on what the blocks really hold.
 
     It keeps ids by (block, offset) as a device would, applies copies, and notes in `faults` when a past that it reads
-    is not the history that it is told. The next token is a hash of the whole past. A batch that appends `poison` fails.
+    is not the history that it is told. The next token is a hash of the whole past. A batch that appends `poison` fails,
+    as does a transfer of a row of that length.
     """
 
     def __init__(self, spec: ModelSpec = DECODER, blocks: int = 20, block_size: int = 16) -> None:
         self.spec = spec
         self.blocks = blocks
-        self.block_size = block_size
+        self.memory = FakeMemory(spec, block_size)
         self.poison: int | None = None
         self.batches: list[list[tuple[str, int, int, int]]] = []  # (session, row, start, stop) of each row
-        self.faults: list[str] = []
-        self._memory: dict[tuple[int, int], int] = defaultdict(int)
+        self.transfers: list[tuple[str, list[int]]] = []  # (which, lengths)
+        self.on_transfer: Callable[[], object] = bool  # called first
+        self.replayed = 0  # positions
+        self.faults = self.memory.faults
 
     def run(self, batch: Batch) -> list[RowResult]:
         self.batches.append([(row.work.session.id, row.index, row.start, row.stop) for row in batch.rows])
-        for source, target in batch.copies:
-            for offset in range(self.block_size):
-                self._memory[target, offset] = self._memory[source, offset]
+        self.memory.copy(batch.copies)
+        self.replayed += sum(row.replay for row in batch.rows)
         for row in batch.rows:
-            for position, value in zip(range(row.start, row.stop), self._values(row), strict=True):
-                self._memory[self._place(row, position)] = value
+            self.memory.write(row.table, row.start, self._values(row))
         if any(self.poison in self._values(row) for row in batch.rows):
             raise RuntimeError("poisoned")
         return [self._result(row) for row in batch.rows]
+
+    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        self.transfers.append(("read", lengths))
+        self.on_transfer()
+        if self.poison in lengths:
+            raise RuntimeError("poisoned")
+        return self.memory.read_past(tables, lengths)
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        self.transfers.append(("write", lengths))
+        self.on_transfer()
+        self.memory.write_past(tables, lengths, arrays)
+        if self.poison in lengths:
+            raise RuntimeError("poisoned")
 
     def _values(self, row: Row) -> list[int]:
         name = self.spec.inputs[0].name
         chunk: np.ndarray = row.input(name) if name in row.work.inputs else np.zeros((0,), np.int64)
         return [int(value) for value in chunk.reshape(len(chunk), -1)[:, 0]] if len(chunk) else []
 
-    def _place(self, row: Row, position: int) -> tuple[int, int]:
-        return row.table[position // self.block_size], position % self.block_size
-
     def _result(self, row: Row) -> RowResult:
-        past = [self._memory[self._place(row, position)] for position in range(row.stop)]
+        past = [int(number) for number in self.memory.read(row.table, range(row.stop))]
         if row.history is not None:
             new = row.work.inputs.get(self.spec.history or "")
             told = list(row.history)

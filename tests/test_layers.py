@@ -11,14 +11,17 @@ ROOT = Path(__file__).parent.parent
 # A module belongs to the longest prefix that fits. It may import its own layer and the ones listed.
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
-    "engine.blocks engine.session engine.batch engine.results engine.admission engine.generation": ("L1", "L0"),
+    "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation": (
+        "L1",
+        "L0",
+    ),
     "engine.store engine.scheduler": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
     " engine.chat engine.sampling engine.compat": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
     "engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
-    "keypast.schemas keypast.wire": ("S0", ""),
+    "keypast.schemas keypast.wire keypast.past": ("S0", ""),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs": ("S1", "S0 L0 L1 L5 L3"),
     "service": ("S2", "S0 S1 L0 L1 L3 L5 L6 C"),

@@ -1,6 +1,7 @@
 """Tensors to bytes and back: every form returns what it was given, and every malformed one is refused by name."""
 
 import base64
+import hashlib
 import json
 import struct
 from contextlib import suppress
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
+from safetensors.numpy import load
 
 from keypast import wire
 from keypast.schemas import AppendReply, AppendRequest, Outputs, PrefillRequest, TensorBody, Timings, TopLogprob
@@ -278,6 +280,43 @@ def test_other_media_and_misplaced_options() -> None:
 
 
 # ---- safetensors files ----
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=4), arrays(), max_size=4))
+def test_a_file_is_the_library_s_and_the_same_every_time(tensors: dict[str, Array]) -> None:
+    about = {"b": "ü", "a": "1", "c": ""}
+    body = wire.dump_tensors(tensors, about)
+    read = load(body)
+    assert set(read) == set(tensors)
+    assert all(same(read[name], array) for name, array in tensors.items())
+    assert wire.load_tensors(body).metadata == about
+    assert wire.dump_tensors(dict(reversed(tensors.items())), about) == body
+    header = json.loads(body[8 : 8 + struct.unpack_from("<Q", body)[0]])
+    starts = {name: entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+    assert all(starts[name] % array.itemsize == 0 for name, array in tensors.items())
+
+
+def test_a_digest_is_of_names_dtypes_shapes_and_bytes() -> None:
+    tensors = {"b": np.array([[1, 2]], ">f2"), "a.10": np.zeros((2, 0), np.int64), "a.2": np.array(7, np.int32)}
+    text = b"a.10 int64 2,0\n" + b"a.2 int32 \n\7\0\0\0" + b"b float16 1,2\n\x00\x3c\x00\x40"
+    assert wire.digest(tensors) == "sha256:" + hashlib.sha256(text).hexdigest()
+    for other in (
+        {**tensors, "b": tensors["b"].T},
+        {**tensors, "b": tensors["b"].astype(np.float32)},
+        {**tensors, "b": tensors["b"] + 1},
+        {**tensors, "c": tensors["b"]},
+        {"a.10": tensors["a.10"], "a.2": tensors["a.2"], "c": tensors["b"]},
+    ):
+        assert wire.digest(other) != wire.digest(tensors)
+    with pytest.raises(WireError, match="x: dtype float64"):
+        wire.digest({"x": np.zeros(1)})
+
+
+@pytest.mark.parametrize("content_type", [None, "", "application/json", "text/plain"])
+def test_a_body_that_can_only_be_safetensors(content_type: str | None) -> None:
+    wire.check_safetensors("Application/Vnd.Safetensors; x=1")
+    with pytest.raises(wire.UnsupportedMediaError, match=r"send application/vnd\.safetensors"):
+        wire.check_safetensors(content_type)
 
 
 def file(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.attention import choose
 from engine.attention.base import Backend
-from engine.batch import Append, Generate, Truncate, Want
+from engine.batch import Append, Operation, Want
 from engine.checkpoints.weights import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -98,7 +98,7 @@ class Served:
     def open(self, batch_size: int = 1) -> str:
         return self.engine.create_session(self.name, batch_size=batch_size).id
 
-    def finish(self, operation: Append | Truncate | Generate) -> Any:
+    def finish(self, operation: Operation) -> Any:
         self.engine.submit(operation)
         while self.engine.run_once():
             self.engine.check()

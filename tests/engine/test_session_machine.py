@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.batch import Append, Generate, Sample, Truncate, Want
+from engine.batch import Append, ExportPast, Generate, ImportPast, Sample, Truncate, Want
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import LengthExceeded, ModelFailed, PoolExhausted, SessionGone
@@ -138,6 +138,27 @@ class Sessions(RuleBasedStateMachine):
         told.rows = [row[:length] for row, length in zip(told.rows, lengths, strict=True)]
         told.version += 1
         assert operation.future.result(0).valid_length == lengths
+
+    @rule(number=picks)
+    def transfer(self, number: int) -> None:
+        """Out of one session and into a new one."""
+        told = self.told[self.pick(number)]
+        export = ExportPast(self.pick(number))
+        self.engine.submit(export)
+        self.settle()
+        past = export.future.result(0).past
+        assert [ids[: len(row)].tolist() for ids, row in zip(past.arrays["token_ids"], told.rows, strict=True)] == (
+            told.rows
+        )
+        copy = self.engine.create_session("decoder", batch_size=len(told.rows)).id
+        self.told[copy] = Told([[] for _ in told.rows])
+        load = ImportPast(copy, past)
+        self.engine.submit(load)
+        self.settle()
+        if load.future.exception(0) is None:
+            self.told[copy] = Told([list(row) for row in told.rows], version=1)
+        else:
+            assert isinstance(load.future.exception(0), PoolExhausted)
 
     @rule(number=picks, n=st.integers(0, 30))
     def delete(self, number: int, n: int) -> None:

@@ -17,6 +17,7 @@ from engine.specs import KVSpec, ModelSpec, TensorSpec
 from keypast.wire import SAFETENSORS_TYPE, dump_tensors, encode_options, encode_tensor
 from service.lifecycle import Loaded
 from service.text import TextModel
+from tests.fakes import FakeMemory
 
 H = 4
 END = 256
@@ -30,11 +31,12 @@ TEMPLATE = (
 
 class FakeRunner:
     """`gate` is open; close it to hold every batch. `batches` are the rows' (start, stop) of each that ran; `broken`
-    is raised instead of the next; `before_each` is called first."""
+    is raised instead of the next; `before_each` is called first. What it was fed is in its `memory`."""
 
-    def __init__(self, spec: ModelSpec, blocks: int) -> None:
+    def __init__(self, spec: ModelSpec, blocks: int, block_size: int) -> None:
         self.spec = spec
         self.blocks = blocks
+        self.memory = FakeMemory(spec, block_size)
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -49,6 +51,23 @@ class FakeRunner:
         self._holds_in = batch
 
     def run(self, batch: Batch) -> list[RowResult]:
+        self._turn()
+        self.batches.append([(row.start, row.stop) for row in batch.rows])
+        results = [self.row(row) for row in batch.rows]
+        self.memory.copy(batch.copies)
+        for row in batch.rows:
+            self.memory.write(row.table, row.start, self.numbers(row) if row.count else [])
+        return results
+
+    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        self._turn()
+        return self.memory.read_past(tables, lengths)
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        self._turn()
+        self.memory.write_past(tables, lengths, arrays)
+
+    def _turn(self) -> None:
         self.before_each()
         self._holds_in -= 1
         if self._holds_in == 0:
@@ -58,17 +77,19 @@ class FakeRunner:
         assert self.gate.wait(20)
         if self.broken is not None:
             raise self.broken
-        self.batches.append([(row.start, row.stop) for row in batch.rows])
-        return [self.row(row) for row in batch.rows]
 
     def row(self, row: Row) -> RowResult:
+        raise NotImplementedError
+
+    def numbers(self, row: Row) -> list[float]:
+        """What is kept of each position."""
         raise NotImplementedError
 
 
 class FakeDecoder(FakeRunner):
     """The token after t is `after[t]`, else t + 1; the logits say so with 1.0. Keeps what it was fed, and the seeds."""
 
-    def __init__(self, blocks: int = 64, max_length: int = 100) -> None:
+    def __init__(self, blocks: int = 64, block_size: int = 4, kv_dtype: str = "float16") -> None:
         super().__init__(
             ModelSpec(
                 name="letters",
@@ -79,9 +100,9 @@ class FakeDecoder(FakeRunner):
                     TensorSpec("top_logprobs", ("float32",), required=False),
                     TensorSpec("next_token", ("int64",), required=False),
                 ),
-                kv=KVSpec(1, 1, 8),
+                kv=KVSpec(1, 1, 8, kv_dtype),
                 causal=True,
-                max_length=max_length,
+                max_length=100,
                 dtype="float32",
                 device="cpu",
                 fingerprint="sha256:0",
@@ -89,6 +110,7 @@ class FakeDecoder(FakeRunner):
                 vocab_size=VOCABULARY,
             ),
             blocks,
+            block_size,
         )
         self.after: dict[int, int] = {}
         self.fed: list[list[int]] = []
@@ -117,6 +139,9 @@ class FakeDecoder(FakeRunner):
             result.once.update(logprob=-0.5)
         return result
 
+    def numbers(self, row: Row) -> list[float]:
+        return list(map(float, row.input("token_ids")))
+
     def logits(self, token: int) -> Array:
         logits = np.zeros(VOCABULARY, np.float32)
         logits[self.next(token)] = 1
@@ -126,7 +151,7 @@ class FakeDecoder(FakeRunner):
 class FakeAttention(FakeRunner):
     """attn_out is value + position; attn_weights is the mask."""
 
-    def __init__(self, blocks: int = 64, max_length: int = 100) -> None:
+    def __init__(self, blocks: int = 64, block_size: int = 4, kv_dtype: str = "float16") -> None:
         tensor = (TensorSpec(name, ("float16", "float32"), (H,)) for name in ("query", "key", "value"))
         mask = TensorSpec("attention_mask", ("uint8", "bool", "int32", "int64"), ("T",), required=False, values=(0, 1))
         super().__init__(
@@ -138,14 +163,15 @@ class FakeAttention(FakeRunner):
                     TensorSpec("attn_out", ("float16", "float32"), (H,)),
                     TensorSpec("attn_weights", ("float32",), ("T",), required=False),
                 ),
-                kv=KVSpec(1, 1, H),
+                kv=KVSpec(1, 1, H, kv_dtype),
                 causal=False,
-                max_length=max_length,
+                max_length=100,
                 dtype="float32",
                 device="cpu",
                 fingerprint="sha256:1",
             ),
             blocks,
+            block_size,
         )
 
     def row(self, row: Row) -> RowResult:
@@ -155,6 +181,9 @@ class FakeAttention(FakeRunner):
         positions = {"attn_out": value + np.arange(row.start, row.stop, dtype=value.dtype)[:, None]}
         once = {"attn_weights": np.ones((row.count, row.stop), np.float32)} if row.work.want.need_weights else {}
         return RowResult(positions, once)
+
+    def numbers(self, row: Row) -> list[float]:
+        return list(map(float, row.input("value")[:, 0]))
 
 
 def byte_tokenizer() -> engine.text.Tokenizer:
@@ -217,9 +246,10 @@ class Fakes:
     engine: Engine
 
     @classmethod
-    def build(cls, *, blocks: int = 64, **config: Any) -> "Fakes":
-        decoder, attention = FakeDecoder(blocks), FakeAttention(blocks)
+    def build(cls, *, blocks: int = 64, kv_dtype: str = "float16", **config: Any) -> "Fakes":
         settings = {"block_size": 4, "token_budget": 64, **config}
+        size = settings["block_size"]
+        decoder, attention = FakeDecoder(blocks, size, kv_dtype), FakeAttention(blocks, size, kv_dtype)
         return cls(decoder, attention, Engine([decoder, attention], EngineConfig(**settings)))
 
     def loaded(self) -> Loaded:
