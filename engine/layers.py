@@ -21,10 +21,15 @@ class Linear(nn.Linear):
 
     packed: Tensor | None = None
 
+    @property
+    def matrix(self) -> Tensor:
+        """W, as [out, in]."""
+        return self.weight
+
     def pack(self) -> None:
         if self.weight.device.type != "cpu":
             return
-        weight = self.weight.detach()
+        weight = self.matrix.detach()
         # float16 products are some twenty times slower here than float32 ones, which hold every float16 exactly.
         wide = weight.float() if weight.dtype == torch.float16 else weight
         # 16 is a hint of rows to come; the layout it picks serves every number of rows (1 or 128 was slower).
@@ -38,7 +43,7 @@ class Linear(nn.Linear):
         """One packed linear that gives the parts' outputs side by side; the parts, alike in bias, are emptied."""
         size_in = parts[0].in_features
         whole = cls(size_in, sum(part.out_features for part in parts), bias=False, device="meta")
-        weight = torch.cat([part.weight.detach() for part in parts])
+        weight = torch.cat([part.matrix.detach() for part in parts])
         whole.weight = nn.Parameter(weight, requires_grad=False)
         if parts[0].bias is not None:
             whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
@@ -50,7 +55,7 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is None:
             bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(input, self.weight.to(input.dtype), bias)
+            return F.linear(input, self.matrix.to(input.dtype), bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
             input.to(self.packed.dtype), self.packed, self.bias, "none", [], ""
         )

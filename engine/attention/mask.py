@@ -2,7 +2,7 @@
 
 A caller's mask is (n, T), 1 = attend, column j the key at absolute position j of the row. Where `causal` is off and a
 row has no mask, every valid position is seen (a step). Masked means -inf: a masked key gets probability exactly 0, and
-a query whose every key is masked gives zeros.
+a query whose every key is masked gives zeros; `additive` alone, for callers from MindSpore, is finite.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,14 @@ def hiding(mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, device=mask.device).masked_fill(mask, -torch.inf)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """MindSpore's: a number, 1 = attend. What is added to scores, in the softmax's `dtype`: (1 - mask) * -10000.
+
+    So 0.5 adds -5000, and a query whose every key is masked weighs them by their unmasked scores, as `dtype` rounds
+    them at -10000."""
+    return (1 - mask.to(dtype)) * -10000.0
 
 
 def dense_bias(bias: Tensor | None, length: Tensor | None, positions: Tensor | None, keys: int) -> Tensor | None:
