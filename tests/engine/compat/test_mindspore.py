@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine import layers
+from engine.compat.convert import from_mindspore
 from engine.compat.mindspore import Cell, MultiHeadAttention, add_flags_recursive
-from engine.layers import Linear
 from tests.engine.compat.mindspore_oracle import Oracle
 
 FLOATS = st.sampled_from([torch.float16, torch.float32])
@@ -276,6 +277,24 @@ def with_weights_of(layer: MultiHeadAttention) -> nn.MultiheadAttention:
     return theirs
 
 
+def test_the_core_with_converted_weights_gives_the_same_over_the_same_past() -> None:
+    shape = Shape(batch=2, n=5, m=5, heads=2, head_dim=4)
+    layer = build(shape, use_past=True)
+    core = layers.MultiHeadAttention(8, 2)
+    core.load_state_dict(from_mindspore(layer.state_dict()))
+    prompt, step, empty = inputs(shape), inputs(shape, 2, 1, 1), torch.zeros(2, 2, 4, 5).half()
+    mask = causal([3, 2], 5)
+    out, (key, value) = layer(*prompt.values(), mask, empty, empty.mT, int32([3, 2]))
+    got, present, _ = core.stateless(*prompt.values(), attention_mask=mask, batch_valid_length=int32([3, 2]))
+    assert_close(got, wide(out), 1e-3)
+    assert torch.equal(present.key, key)
+    assert torch.equal(present.value, value)
+    layer.is_first_iteration = False
+    out, _ = layer(*step.values(), torch.ones(2, 1, 5), key, value, int32([4, 3]))
+    got, _, _ = core.stateless(*step.values(), past=present, batch_valid_length=int32([4, 3]))
+    assert_close(got, wide(out), 1e-3)
+
+
 @pytest.mark.parametrize(("compute", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2)])
 def test_gradients_are_torchs(compute: torch.dtype, tolerance: float) -> None:
     shape = Shape(batch=2, n=4, m=5, heads=3, head_dim=4)
@@ -414,7 +433,7 @@ def test_copies_and_pickles_are_layers_of_their_own() -> None:
 def test_a_linear_that_is_replaced_is_the_one_that_runs() -> None:
     shape = Shape(batch=2, n=3, m=4, heads=2, head_dim=4)
     layer = build(shape)
-    layer.dense3 = Linear(8, 8)
+    layer.dense3 = layers.Linear(8, 8)
     nn.init.zeros_(layer.dense3.weight)
     nn.init.ones_(layer.dense3.bias)
     _, (_, value_present) = layer(*inputs(shape).values(), torch.ones(2, 3, 4))
