@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from engine.attention.base import Rotary
 from engine.attention.dense import Past
+from engine.compat import mindspore
+from engine.compat.convert import to_mindspore
 from engine.layers import MultiHeadAttention
 from tests.engine.attending import attend_in_full, random_layer, rotary_tables
 
@@ -40,13 +42,11 @@ def ragged_past(layer: MultiHeadAttention, history: Tensor, rotary: Rotary | Non
     return past
 
 
-def run_steps(step: Callable[..., Any], x: Tensor, history: Tensor, *buffers: Tensor) -> tuple[list[Tensor], list[Any]]:
+def run_steps(step: Callable[..., Any], x: Tensor, history: Tensor) -> tuple[list[Tensor], list[Any]]:
     """200 steps of ragged rows through the static buffer x (B, 1, H): the first may compile, the others may not."""
     outs, weights = [], []
     for at in range(STEPS):
         x.copy_(torch.stack([history[row, length + at] for row, length in enumerate(LENGTHS)])[:, None])
-        for lengths in buffers:
-            lengths.add_(1)
         with torch.no_grad(), torch.compiler.set_stance("default" if at == 0 else "fail_on_recompile"):
             out, _, probabilities = step(x)
         outs.append(out.clone())
@@ -163,6 +163,31 @@ def test_lengths_and_masks_may_be_static_buffers() -> None:
     kept = [at for at in range(len(whole)) if at != 1]
     expected, _ = attend_in_full(layer, whole[-1:], keys=whole[kept], values=whole[kept])
     torch.testing.assert_close(outs[-1][2], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_mindspores_later_iterations_are_one_graph() -> None:
+    """float16 pasts in, presents out, in the original's call."""
+    plain = random_layer(HIDDEN, HEADS)
+    layer = mindspore.MultiHeadAttention(len(LENGTHS), SLOTS, SLOTS, HIDDEN, HEADS, use_past=True)
+    layer.load_state_dict(to_mindspore(plain.state_dict()))
+    history = torch.randn(len(LENGTHS), SLOTS, HIDDEN)
+    past = ragged_past(plain, history, None)
+    pasts = past.key.half(), past.value.half()
+    layer.add_flags_recursive(is_first_iteration=False)
+    lengths, mask = torch.tensor(LENGTHS, dtype=torch.int32), torch.ones(len(LENGTHS), 1, SLOTS)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+
+    def step(x: Tensor) -> tuple[Tensor, None, None]:
+        nonlocal pasts
+        lengths.add_(1)
+        out, pasts = compiled(x, x, x, mask, *pasts, lengths)
+        return out, None, None
+
+    outs, _ = run_steps(step, torch.empty(len(LENGTHS), 1, HIDDEN), history)
+    for row, length in enumerate(LENGTHS):
+        expected, _ = attend_in_full(plain, history[row, : length + STEPS])
+        got = torch.cat([out[row] for out in outs]).float()
+        assert ((got - expected[length:]) / expected[length:].abs().clamp(min=1)).abs().max() < 1e-2
 
 
 def step_of_everything(device: str, in_place: bool) -> None:
