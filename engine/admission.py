@@ -5,7 +5,7 @@ import numpy as np
 from engine.batch import Append, Want
 from engine.errors import InvalidInput, LengthExceeded, Moved, WrongState
 from engine.session import Session
-from engine.specs import ModelSpec, TensorSpec
+from engine.specs import Axis, ModelSpec, TensorSpec
 
 
 def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
@@ -14,16 +14,17 @@ def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
     for name in append.inputs:
         if name not in known:
             raise InvalidInput(name, f"model {spec.name} takes {', '.join(sorted(known))}")
-    present = [tensor for tensor in spec.inputs if tensor.name in append.inputs]
+    _check_present(spec, append)
+    sizes = _sizes(spec, append)
     for tensor in spec.inputs:
-        if tensor.required and tensor.name not in append.inputs:
-            raise InvalidInput(tensor.name, "is required")
-    positions = _positions(spec, append)
-    for tensor in present:
-        _check_tensor(tensor, append, batch_size, positions)
-    if append.step and positions != 1:
-        raise InvalidInput(present[0].name, f"a step appends 1 position a row, got {positions}; use prefill")
-    if not spec.causal and not append.step and "attention_mask" not in append.inputs:
+        if tensor.name in append.inputs:
+            _check_tensor(tensor, append, batch_size, sizes[tensor.axis])
+    if spec.aligned and sizes.get("n") != sizes.get(spec.appends):
+        message = f"this layer turns queries and keys by position: it needs as many of both, got {_told(sizes)}"
+        raise InvalidInput(spec.inputs[0].name, message)
+    if append.step:
+        _check_step(spec, sizes)
+    if not spec.causal and not append.step and "n" in sizes and "attention_mask" not in append.inputs:
         raise InvalidInput("attention_mask", "is required on prefill: (B, n, T), 1 = attend")
     if append.batch_valid_length is not None and len(append.batch_valid_length) != batch_size:
         raise InvalidInput("batch_valid_length", f"needs one length a row, {batch_size}")
@@ -61,37 +62,45 @@ def check_want(spec: ModelSpec, want: Want) -> None:
 
 
 def new_positions(spec: ModelSpec, append: Append, session: Session, pool_positions: int) -> list[int]:
-    """How many positions each row appends, at the session as it is now. `pool_positions`: what the whole pool holds.
+    """How many positions each row appends, at the session as it is now; all 0 for queries alone, which read its past.
+    `pool_positions`: what the whole pool holds.
 
     Raises Moved, WrongState, InvalidInput, LengthExceeded.
     """
     check_version(append.expected_version, session)
     past = session.valid_length
-    n = _positions(spec, append)
+    m = _sizes(spec, append).get(spec.appends, 0)
     if append.step and not all(past):
         raise WrongState("the session is empty: prefill it before the first step")
-    after = [length + n for length in past]
+    if not m and not any(past):
+        raise WrongState("the session is empty: prefill keys and values before queries alone")
+    after = [length + m for length in past]
     if append.batch_valid_length is not None:
-        if append.step and append.batch_valid_length != after:
+        if (append.step or not m) and append.batch_valid_length != after:
             raise Moved(
-                f"batch_valid_length counts the new position: expected {after}, got {append.batch_valid_length}",
+                f"batch_valid_length counts the new positions: expected {after}, got {append.batch_valid_length}",
                 session.version,
                 past,
             )
         after = append.batch_valid_length
     new = [stop - start for start, stop in zip(past, after, strict=True)]
-    if any(not 0 <= count <= n for count in new) or not any(new):
+    if any(not 0 <= count <= m for count in new) or (m and not any(new)):
         raise InvalidInput(
             "batch_valid_length",
-            f"each must be past_length + 0 to {n} and at least one row must grow; past_length is {past}, got {after}",
+            f"each must be past_length + 0 to {m} and at least one row must grow; past_length is {past}, got {after}",
         )
-    check_fits(_first(spec), after, session, pool_positions)
+    given = next(tensor.name for tensor in spec.inputs if tensor.name in append.inputs)
+    check_fits(given, after, session, pool_positions)
     mask = append.inputs.get("attention_mask")
-    if mask is not None and mask.shape[2] != max(past) + n:
-        raise InvalidInput(
-            "attention_mask", f"must be (B, n, T) with T = past_length + n = {max(past) + n}, got {mask.shape}"
-        )
+    if mask is not None and mask.shape[2] != max(past) + m:
+        message = f"must be (B, n, T) with T = past_length + new positions = {max(past) + m}, got {mask.shape}"
+        raise InvalidInput("attention_mask", message)
     return new
+
+
+def query_count(spec: ModelSpec, append: Append) -> int | None:
+    """The queries of each row; None where the positions that it appends are its queries."""
+    return None if spec.appends == "n" else _sizes(spec, append).get("n", 0)
 
 
 def check_version(expected: int | None, session: Session) -> None:
@@ -108,18 +117,47 @@ def check_fits(field: str, after: list[int], session: Session, pool_positions: i
         raise LengthExceeded(field, f"{sum(after)} positions can never fit the pool of {pool_positions}")
 
 
-def _first(spec: ModelSpec) -> str:
-    return spec.inputs[0].name
+def _check_present(spec: ModelSpec, append: Append) -> None:
+    """Some axis is given, and of each that is, all that it requires."""
+    given = {tensor.axis: tensor.name for tensor in spec.inputs if tensor.name in append.inputs}
+    missing = [tensor for tensor in spec.inputs if tensor.required and tensor.name not in append.inputs]
+    for tensor in missing:
+        if tensor.axis in given:
+            raise InvalidInput(tensor.name, f"is required with {given[tensor.axis]}")
+    if not given:
+        others = " and ".join(tensor.name for tensor in missing if tensor.axis != missing[0].axis)
+        raise InvalidInput(missing[0].name, f"is required, or {others}" if others else "is required")
 
 
-def _positions(spec: ModelSpec, append: Append) -> int:
-    """n, as the model's first input has it."""
-    array = append.inputs[_first(spec)]
-    if array.ndim < 2:
-        raise InvalidInput(_first(spec), f"must be (B, n, ...), got shape {array.shape}")
-    if array.shape[1] == 0:
-        raise InvalidInput(_first(spec), "has 0 positions; append at least 1")
-    return int(array.shape[1])
+def _check_step(spec: ModelSpec, sizes: dict[Axis, int]) -> None:
+    for tensor in spec.inputs:
+        size = sizes.get(tensor.axis, 1)
+        if size != 1:
+            does = "appends 1 position" if tensor.axis == spec.appends else "asks 1 query"
+            raise InvalidInput(tensor.name, f"a step {does} a row, got {size}; use prefill")
+    if "n" not in sizes:
+        raise InvalidInput(spec.inputs[0].name, "is required on a step; use prefill to append without asking")
+
+
+def _sizes(spec: ModelSpec, append: Append) -> dict[Axis, int]:
+    """n and m, as the required inputs of each axis have it; without an axis that none is given for."""
+    counts: dict[Axis, list[int]] = {}
+    for tensor in spec.inputs:
+        if not tensor.required or tensor.name not in append.inputs:
+            continue
+        array = append.inputs[tensor.name]
+        if array.ndim < 2:
+            raise InvalidInput(tensor.name, f"must be (B, {tensor.axis}, ...), got shape {array.shape}")
+        if array.shape[1] == 0:
+            raise InvalidInput(tensor.name, "has 0 positions; bring at least 1")
+        counts.setdefault(tensor.axis, []).append(array.shape[1])
+    # Where key and value disagree, the one is meant that is as long as the query, so that the other is named.
+    queries = counts.get("n", [0])[0]
+    return {axis: queries if queries in found else found[0] for axis, found in counts.items()}
+
+
+def _told(sizes: dict[Axis, int]) -> str:
+    return ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
 
 
 def _check_tensor(tensor: TensorSpec, append: Append, batch_size: int, positions: int) -> None:

@@ -6,8 +6,12 @@ An append of n positions to a sequence of length `past`, run in chunks; every ra
     |--- committed ---|--- done ----|--- this Row --|--- later chunks -------|
                       |<-------------- reserved before the first row ------->|
 
-A *peek* is an append of n = 0: no position is added, the outputs of the last one are given again (from the sequence's
-`tail`; without one, the last position is replayed with its K and V written to the null block).
+Decoders ask at the positions that they append. An attention layer appends m positions (keys and values) and asks n
+queries beside them, either of which may be none; such a work is never cut into chunks.
+
+A *peek* is an append of no position. With queries, they read the past as it is. Without, the outputs of the last
+position are given again (from the sequence's `tail`; without one, that position is replayed with its K and V written to
+the null block).
 
 A *transfer* moves a past as it is, in place of a forward pass: an export is a peek that hands the past out, an import
 an append to an empty session whose keys and values come ready made.
@@ -70,10 +74,11 @@ class AppendResult:
 
 @dataclass(slots=True, eq=False)
 class Append:
-    """n positions a row. `inputs` by name, each (B, n) + the spec's trailing shape.
+    """n or m positions a row. `inputs` by name, each (B, n or m) + the spec's trailing shape.
 
-    `step`: refuse an empty past and any n but 1. `batch_valid_length`: each row's length after the append; row r
-    appends batch_valid_length[r] - past_length[r] of its n positions. `expected_version`: refuse (Moved) at any other.
+    `step`: refuse an empty past and any count but 1. `batch_valid_length`: each row's length after the append; row r
+    appends batch_valid_length[r] - past_length[r] of the positions given. `expected_version`: refuse (Moved) at any
+    other.
     """
 
     session_id: str
@@ -190,7 +195,10 @@ Transfer = Literal["read_past", "write_past"]
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """An append while the engine runs it: `new[r]` positions for row r, `done[r]` of them computed."""
+    """An append while the engine runs it: `new[r]` positions for row r, `done[r]` of them computed.
+
+    `queries`: that each row asks beside the positions it appends; None: the positions that it appends ask.
+    """
 
     session: Session
     inputs: dict[str, Array]
@@ -198,6 +206,7 @@ class Work:
     want: Want
     finish: Callable[[Work, dict[str, Any], BaseException | None], None]  # called once: its outputs, or its error
     submitted_at: float
+    queries: int | None = None
     started_at: float | None = None  # first scheduled
     compute_ms: float = 0.0
     reserved: bool = False
@@ -230,16 +239,18 @@ class Work:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """A sequence's share of a batch: input positions [start - past, stop - past) of its work's row `index`.
+    """A sequence's share of a batch: input positions [start - past, stop - past) of its work's row `index`, and
+    `queries`: as many (a decoder's positions ask), or all that the work has.
 
     `table` and `history` are as they were when the batch was scheduled; nobody else changes them meanwhile.
-    `last`: this chunk completes the row. A peek has start = stop = past; `replay` tells that it has no tail.
+    `last`: this chunk completes the row. A peek has start = stop = past; `replay`: it has no query and no tail.
     """
 
     work: Work
     index: int
     start: int
     stop: int
+    queries: int
     table: array[int]
     history: array[int] | None
     tail: Any
@@ -251,18 +262,25 @@ class Row:
 
     @property
     def replay(self) -> bool:
-        return self.count == 0 and self.tail is None
+        return self.count == self.queries == 0 and self.tail is None
 
-    def input(self, name: str) -> Array:
-        """This chunk of the named input, (count, ...)."""
-        past = self.work.past_length[self.index]
-        chunk: Array = self.work.inputs[name][self.index, self.start - past : self.stop - past]
+    def appended(self, name: str) -> Array:
+        """This chunk of a named input whose positions join the past, (count, ...); padding is left out."""
+        return self._chunk(name, self.count)
+
+    def asked(self, name: str) -> Array:
+        """This chunk of a named input that has a position a query, (queries, ...)."""
+        return self._chunk(name, self.queries)
+
+    def _chunk(self, name: str, size: int) -> Array:
+        done = self.start - self.work.past_length[self.index]
+        chunk: Array = self.work.inputs[name][self.index, done : done + size]
         return chunk
 
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """What a row's chunk gave by name: `positions`, arrays (count, ...); `once`, what only the last chunk gives; and
+    """What a row's chunk gave by name: `positions`, arrays (queries, ...); `once`, what only the last chunk gives; and
     then the new tail."""
 
     positions: dict[str, Array] = field(default_factory=dict)

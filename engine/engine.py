@@ -14,7 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from engine.admission import check_inputs, check_version, check_want, new_positions
+from engine.admission import check_inputs, check_version, check_want, new_positions, query_count
 from engine.batch import (
     Append,
     AppendResult,
@@ -386,7 +386,17 @@ class Engine:
         elif isinstance(operation, Append):
             capacity = (served.pool.blocks - 1) * self.config.block_size
             new = new_positions(served.spec, operation, session, capacity)
-            self._add(served, session, operation.inputs, new, operation.want, self._end_append, operation.future)
+            queries = query_count(served.spec, operation)
+            self._add(
+                served,
+                session,
+                operation.inputs,
+                new,
+                operation.want,
+                self._end_append,
+                operation.future,
+                queries=queries,
+            )
         elif isinstance(operation, ExportPast):
             check_export(served.spec, operation, session, self.config.max_past_bytes)
             new = [0] * len(session.sequences)
@@ -411,9 +421,13 @@ class Engine:
         finish: Callable[[Work, dict[str, Any], BaseException | None], None],
         future: Future[Any] | None = None,
         transfer: Transfer | None = None,
+        queries: int | None = None,
     ) -> None:
         session.state = SessionState.RUNNING
-        served.scheduler.add(Work(session, inputs, new, want, finish, self._clock(), future=future, transfer=transfer))
+        work = Work(
+            session, inputs, new, want, finish, self._clock(), queries=queries, future=future, transfer=transfer
+        )
+        served.scheduler.add(work)
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
         session = work.session

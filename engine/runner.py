@@ -13,15 +13,15 @@ from engine.batch import Array, Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK, blocks_for
 from engine.kv_pool import KVPool
 from engine.models.base import Model
-from engine.specs import ModelSpec
+from engine.specs import ModelSpec, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One forward pass as plain arrays: all that a process must know that holds a share of the model and of its pool.
 
-    `attention`: fields of AttentionInputs by name. `inputs`: the model's, packed (T, ...); T = 0 when every row is a
-    peek that has its tail, and then no forward pass is made.
+    `attention`: fields of AttentionInputs by name. `inputs`: the model's, packed: (T, ...) for those that ask, (S, ...)
+    for those that are appended. When every row is a peek that has its tail there is neither, and no forward pass.
     """
 
     copies: list[tuple[int, int]]
@@ -30,8 +30,8 @@ class Plan:
     need_weights: bool
 
     @property
-    def positions(self) -> int:
-        return len(self.attention["positions"])
+    def is_empty(self) -> bool:
+        return not len(self.attention["positions"]) and not len(self.attention["slots"])
 
 
 class ModelRunner:
@@ -49,7 +49,7 @@ class ModelRunner:
         return self.outputs(batch, *self.execute(self.plan(batch)))
 
     def plan(self, batch: Batch) -> Plan:
-        computed = [row for row in batch.rows if row.count or row.replay]
+        computed = [row for row in batch.rows if row.count or row.queries or row.replay]
         need_weights = any(row.work.want.need_weights for row in batch.rows)
         return Plan(batch.copies, self._attention(computed), self._inputs(computed), need_weights)
 
@@ -60,7 +60,7 @@ class ModelRunner:
         attention = {name: self._tensor(array) for name, array in plan.attention.items()}
         inputs = AttentionInputs(causal=self.spec.causal, **attention)
         view = PagedView(self._pool, inputs, self.backend, [] if plan.need_weights else None)
-        if not plan.positions:
+        if plan.is_empty:
             return torch.empty(0), view
         return self.model.forward({name: self._tensor(array) for name, array in plan.inputs.items()}, view), view
 
@@ -100,22 +100,28 @@ class ModelRunner:
         return self._tensor(table), self._tensor(valid)
 
     def _attention(self, rows: list[Row]) -> dict[str, Array]:
-        """A replayed position stands at stop - 1, sees what is there, and writes its K and V to the null block."""
-        replays = [int(row.replay) for row in rows]
-        past = [row.start - replay for row, replay in zip(rows, replays, strict=True)]
-        counts = [row.count + replay for row, replay in zip(rows, replays, strict=True)]
-        present = [start + count for start, count in zip(past, counts, strict=True)]
+        """A replayed position stands at stop - 1 and sees what is there. Its K and V go to the null block, and so do
+        those of padding, which a model whose queries stand at the positions appended brings for each of them."""
+        past = [row.start - int(row.replay) for row in rows]
+        present = [row.stop for row in rows]
+        queries = [row.queries + int(row.replay) for row in rows]
+        keys = queries if self.spec.aligned else [row.count for row in rows]
         query_start = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(counts, out=query_start[1:])
+        np.cumsum(queries, out=query_start[1:])
         tables = np.full((len(rows), max((len(row.table) for row in rows), default=0)), NULL_BLOCK, dtype=np.int32)
         positions = np.empty(query_start[-1], dtype=np.int64)
-        slots = np.empty(query_start[-1], dtype=np.int64)
+        slots = np.full(sum(keys), NULL_BLOCK * self._block_size, dtype=np.int64)
+        at = 0
         for index, row in enumerate(rows):
-            own = slice(query_start[index], query_start[index + 1])
             tables[index, : len(row.table)] = row.table
-            positions[own] = np.arange(past[index], present[index])
-            blocks = tables[index, positions[own] // self._block_size] if not row.replay else NULL_BLOCK
-            slots[own] = blocks * self._block_size + positions[own] % self._block_size
+            positions[query_start[index] : query_start[index + 1]] = np.arange(
+                past[index], past[index] + queries[index]
+            )
+            new = np.arange(row.start, row.stop)
+            blocks = tables[index, new // self._block_size]
+            slots[at : at + row.count] = blocks * self._block_size + new % self._block_size
+            at += keys[index]
+        np.minimum(positions, self.spec.max_length - 1, out=positions)  # padding may reach beyond, tables do not
         inputs: dict[str, Array] = {
             "query_start": query_start,
             "past_length": np.array(past, dtype=np.int32),
@@ -124,32 +130,37 @@ class ModelRunner:
             "positions": positions,
             "slots": slots,
         }
-        biases = ragged_bias([_mask(row) for row in rows], counts, present)
+        biases = ragged_bias([_mask(row) for row in rows], queries, present)
         return inputs if biases is None else {**inputs, "bias": biases[0], "bias_start": biases[1]}
 
     def _inputs(self, rows: list[Row]) -> dict[str, Array]:
-        """The model's inputs of all rows, packed: (T, ...) each. The mask is not one of them: the attention has it."""
-        history = self.spec.history
+        """The model's inputs of all rows, packed. The mask is not one of them: the attention has it."""
         inputs: dict[str, Array] = {}
         for tensor in self.spec.inputs:
             if not tensor.required:
                 continue
-            parts = [
-                np.array(row.history[-1:], dtype=np.int64)
-                if row.replay and row.history is not None and tensor.name == history
-                else row.input(tensor.name)
-                for row in rows
-            ]
-            if parts:
+            parts = [part for row in rows if (part := self._input(row, tensor)) is not None]
+            if not parts:  # no row brings any
+                inputs[tensor.name] = np.zeros((0, *map(int, tensor.trailing)), dtype=tensor.dtypes[0])
+            else:
                 inputs[tensor.name] = np.concatenate(parts) if len(parts) > 1 else np.ascontiguousarray(parts[0])
         return inputs
 
+    def _input(self, row: Row, tensor: TensorSpec) -> Array | None:
+        """This row's part of an input, or None: it brings nothing on that axis."""
+        if row.replay and row.history is not None and tensor.name == self.spec.history:
+            return np.array(row.history[-1:], dtype=np.int64)
+        if tensor.name not in row.work.inputs:
+            return None
+        asks = tensor.axis == "n" or self.spec.aligned
+        return row.asked(tensor.name) if asks else row.appended(tensor.name)
+
     def _starts(self, rows: list[Row]) -> list[int]:
-        """Where each row's positions begin in the packed axis."""
+        """Where each row's queries begin in the packed axis."""
         starts, at = [], 0
         for row in rows:
             starts.append(at)
-            at += row.count + int(row.replay)
+            at += row.queries + int(row.replay)
         return starts
 
     def _tensor(self, array: Array) -> Tensor:
@@ -157,8 +168,8 @@ class ModelRunner:
 
 
 def _mask(row: Row) -> Array | None:
-    """The caller's mask for this row's positions, (count, T)."""
-    return row.input("attention_mask") if "attention_mask" in row.work.inputs else None
+    """The caller's mask for this row's queries, (queries, T)."""
+    return row.asked("attention_mask") if "attention_mask" in row.work.inputs else None
 
 
 def _to_numpy(tensor: Tensor) -> Array:

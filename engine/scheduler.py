@@ -58,7 +58,7 @@ class Scheduler:
                 continue
             if budget <= 0 or len(rows) + len(work.new) > max(self._max_rows, len(work.new)):
                 break
-            if not self._causal and sum(work.new) > budget and any(row.count > 1 for row in rows):
+            if not self._causal and _size(work) > budget and any(row.count > 1 or row.queries > 1 for row in rows):
                 continue  # a free mask needs its whole append in one turn: one such append a batch may pass the budget
             if not work.reserved and not self._reserve(work):
                 continue
@@ -66,7 +66,7 @@ class Scheduler:
                 work.started_at = now
             for row in self._rows(work, budget):
                 rows.append(row)
-                budget -= max(row.count, 1)
+                budget -= max(row.count, row.queries, 1)
         return Batch(rows) if rows else None
 
     def roll_back(self, work: Work) -> None:
@@ -92,11 +92,7 @@ class Scheduler:
 
     def _in_order(self) -> list[Work]:
         """A transfer is one copy however long, and would wait for ever behind steps if it came after them."""
-
-        def far(work: Work) -> bool:
-            return work.transfer is None and max(n - d for n, d in zip(work.new, work.done, strict=True)) > 1
-
-        return sorted(self._queue, key=far)
+        return sorted(self._queue, key=lambda work: work.transfer is None and _is_long(work))
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         at, offset = divmod(sequence.length, self._block_size)
@@ -134,7 +130,7 @@ class Scheduler:
         rows = []
         for index, sequence in enumerate(work.session.sequences):
             left = work.new[index] - work.done[index]
-            if left == 0 and not work.is_peek and work.transfer is None:
+            if left == 0 and not work.queries and not work.is_peek and work.transfer is None:
                 continue
             count = min(left, budget) if self._causal and work.transfer is None else left
             if left and count <= 0:
@@ -146,6 +142,7 @@ class Scheduler:
                     index=index,
                     start=start,
                     stop=start + count,
+                    queries=count if work.queries is None else work.queries,
                     table=array("i", sequence.block_table),
                     history=sequence.history,
                     tail=sequence.tail,
@@ -158,3 +155,14 @@ class Scheduler:
 
 def _runs_alone(work: Work) -> bool:
     return work.alone or work.transfer is not None
+
+
+def _is_long(work: Work) -> bool:
+    """Whether more than a step of it is left."""
+    left = max(new - done for new, done in zip(work.new, work.done, strict=True))
+    return max(left, work.queries or 0) > 1
+
+
+def _size(work: Work) -> int:
+    """What the whole work takes of a budget."""
+    return sum(max(new, work.queries or 0) for new in work.new)

@@ -1,6 +1,9 @@
 """What a model is to the rest of the engine: data, never code. Dtypes are names ("float16")."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["n", "m"]  # n positions that ask, m positions that are asked: keys and values
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _NUMPY = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}  # numpy has no bfloat16: it is widened
@@ -8,13 +11,15 @@ _NUMPY = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}  # 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A named input or output. Its shape is (B, n) + `trailing`; an int fixes an axis, a str names it.
+    """A named input or output. Its shape is (B, `axis`) + `trailing`; an int fixes an axis, a str names it.
+    `required`: wherever another input of its axis is given; an append brings the inputs of one axis at least.
     `values`: the lowest and highest that an input's elements may have."""
 
     name: str
     dtypes: tuple[str, ...]
     trailing: tuple[int | str, ...] = ()
     required: bool = True
+    axis: Axis = "n"
     values: tuple[int, int] | None = None
 
 
@@ -37,6 +42,9 @@ class ModelSpec:
     """A loaded model as its callers see it.
 
     `causal`: position i attends to [0, i]; when False the caller's attention_mask is the whole truth.
+    `appends`: the axis of the inputs whose positions join the past. Where that is not the axis that asks ("n"), an
+    append may bring either or both, in any numbers. `aligned`: each query stands at the position that is appended with
+    it (rotary tables turn both), so there are as many of both.
     `history`: the int input whose values the session keeps (so that a position can be replayed), or None.
     """
 
@@ -50,6 +58,8 @@ class ModelSpec:
     dtype: str
     device: str
     fingerprint: str
+    appends: Axis = "n"
+    aligned: bool = False
     history: str | None = None
     vocab_size: int | None = None
 

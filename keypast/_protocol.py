@@ -110,7 +110,8 @@ def transport_error(error: httpx.RequestError) -> TransportError:
 class AppendResult:
     """What a prefill or a step gave. Lists have one entry a row; what was not asked for is None.
 
-    attn_out (B, n, H); attn_weights (B, n, T), or (B, N, n, T) a head; logits (B, V) or (B, n, V).
+    attn_out (B, n, H); attn_weights (B, n, T + E), or (B, N, n, T + E) a head, E the layer's own keys; logits (B, V) or
+    (B, n, V).
     """
 
     past_length: list[int]

@@ -22,9 +22,10 @@ class Expectation(TypedDict, total=False):
 
 
 class AppendInputs(Expectation, total=False):
-    """The keywords of `prefill` and `step`; B rows, n new positions, T the length after the call.
+    """The keywords of `prefill` and `step`; B rows, n queries, m new positions, T the longest row's length with them.
 
-    attention: query, key, value (B, n, H); attention_mask (B, n, T), 1 = attend
+    attention: query (B, n, H), key and value (B, m, H), attention_mask (B, n, T), 1 = attend. Query alone reads the
+               past and appends nothing; key and value alone are appended and answer nothing.
     decoder:   one of token_ids (B, n), text (a string, or one a row) and messages (of a session of one row)
     """
 

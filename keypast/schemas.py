@@ -3,7 +3,8 @@
 Requests are strict: an unknown field, `true` or `"5"` or `1.5` where an integer is meant, or a number out of bounds is
 refused (422). Replies tolerate unknown fields, so that an older client reads a newer service.
 
-B is the number of rows of the session, n the number of new positions, T the row's length after the call.
+B is the number of rows of the session, n the number of queries and m of new positions (for a decoder they are the
+same), T the longest past and the new positions together, E the number of the attention layer's own keys.
 """
 
 from enum import StrEnum
@@ -134,22 +135,29 @@ class ListSessions(BaseModel):
 class AppendRequest(Request):
     """New positions for every row: attention inputs, or exactly one of `token_ids`, `text` and `messages`.
 
-    Which are needed depends on the model (`inputs` in `GET /v1/models`) and is checked against it, not here.
+    An attention layer takes any number of queries with any number of keys and values, all of one call or one of both:
+    `query` alone asks the past and appends nothing (cross-attention over keys that stay), `key` and `value` alone are
+    appended and have no `attn_out`. Which are needed depends on the model (`inputs` in `GET /v1/models`) and is checked
+    against it, not here.
     """
 
-    query: TensorBody | None = Field(default=None, description="(B, n, H)")
-    key: TensorBody | None = Field(default=None, description="(B, n, H)")
-    value: TensorBody | None = Field(default=None, description="(B, n, H)")
-    attention_mask: TensorBody | None = Field(default=None, description="(B, n, T), 1 = attend")
+    query: TensorBody | None = Field(default=None, description="(B, n, H); without key and value: reads the past")
+    key: TensorBody | None = Field(default=None, description="(B, m, kdim), together with value")
+    value: TensorBody | None = Field(default=None, description="(B, m, vdim), together with key")
+    attention_mask: TensorBody | None = Field(
+        default=None, description="(B, n, T), 1 = attend; needed by the queries of a prefill, on a step all is seen"
+    )
     token_ids: list[TokenRow] | None = Field(default=None, min_length=1, max_length=MAX_ROWS, description="(B, n)")
     text: Text | list[Text] | None = Field(default=None, description="one string, or one a row")
     messages: list[Message] | None = Field(default=None, min_length=1, description="of a session of one row")
-    batch_valid_length: Rows | None = Field(default=None, description="(B,): each row's length after the call")
+    batch_valid_length: Rows | None = Field(
+        default=None, description="(B,): each row's length after the call; of queries alone: its length as it is"
+    )
     logits: Literal["none", "last", "all"] = "none"
     top_logprobs: int = Field(default=0, ge=0, le=256, description="the k likeliest tokens after the last position")
     sample: SampleOptions | None = Field(default=None, description="choose `next_token`; it is not appended")
     need_weights: bool = False
-    average_attn_weights: bool = Field(default=True, description="over the heads: (B, n, T), else (B, N, n, T)")
+    average_attn_weights: bool = Field(default=True, description="over the heads: (B, n, T + E), else (B, N, n, T + E)")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -167,13 +175,13 @@ class AppendRequest(Request):
 
 
 class PrefillRequest(AppendRequest):
-    """Append n >= 1 positions to any past, empty or not."""
+    """Append any number of positions to any past, empty or not, and ask any number of queries."""
 
     model_config = _with(Request.model_config, {"text": "The capital of France is", "sample": {"temperature": 0}})
 
 
 class StepRequest(AppendRequest):
-    """Append exactly one position a row to a past that is not empty."""
+    """Append exactly one position a row to a past that is not empty; or, with `query` alone, ask one query a row."""
 
     model_config = _with(Request.model_config, {"token_ids": [[7042]], "logits": "last"})
 
@@ -299,8 +307,14 @@ class Appended(Reply):
 class Outputs(Reply):
     """What was asked for; the rest is left out."""
 
-    attn_out: TensorBody | None = Field(default=None, description="(B, n, H)")
-    attn_weights: TensorBody | None = Field(default=None, description="(B, n, T) averaged, else (B, N, n, T)")
+    attn_out: TensorBody | None = Field(
+        default=None, description="(B, n, H): every query's answer, of padding too; left out when there was no query"
+    )
+    attn_weights: TensorBody | None = Field(
+        default=None,
+        description="(B, n, T + E) averaged, else (B, N, n, T + E): a row's positions, zeros up to T, and in the last E"
+        " columns the layer's own keys",
+    )
     logits: TensorBody | None = Field(default=None, description="(B, V) for last, (B, n, V) for all")
     top_logprobs: list[list[TopLogprob]] | None = Field(default=None, description="(B, k), the likeliest first")
     next_token: list[int | None] | None = Field(
@@ -373,7 +387,8 @@ class StreamEnd(Appended):
 
 
 class TensorInfo(Reply):
-    """A model's named input or output. A string in `shape` names an axis: B rows, n new positions, T length."""
+    """A model's named input or output. A string in `shape` names an axis: B rows, n queries, m new positions (n where
+    the positions appended are the queries), T length."""
 
     name: str
     dtypes: list[str]

@@ -29,7 +29,9 @@ ATTENTION = ModelSpec(
     name="attention",
     kind="attention",
     inputs=(
-        *(TensorSpec(name, ("float16", "float32"), (4,)) for name in ("query", "key", "value")),
+        TensorSpec("query", ("float16", "float32"), (4,)),
+        TensorSpec("key", ("float16", "float32"), (4,), axis="m"),
+        TensorSpec("value", ("float16", "float32"), (4,), axis="m"),
         TensorSpec("attention_mask", ("float32", "bool"), ("T",), required=False, values=(0, 1)),
     ),
     outputs=(TensorSpec("attn_out", ("float32",), (4,)),),
@@ -39,6 +41,7 @@ ATTENTION = ModelSpec(
     dtype="float32",
     device="cpu",
     fingerprint="fake",
+    appends="m",
 )
 
 
@@ -99,9 +102,10 @@ class FakeMemory:
 class FakeRunner:
     """A model that reads its whole past through the block table: what it gives depends on what the blocks really hold.
 
-    It keeps ids by (block, offset) as a device would, applies copies, and notes in `faults` when a past that it reads
-    is not the history that it is told. The next token is a hash of the whole past. A batch that appends `poison` fails,
-    as does a transfer of a row of that length.
+    It keeps ids (or the first channel of values) by (block, offset) as a device would, applies copies, and notes in
+    `faults` when a past that it reads is not the history that it is told. The next token is a hash of the whole past.
+    An attention layer answers a query with its first channel and the sum of what it may see. A batch that appends
+    `poison` fails, as does a transfer of a row of that length.
     """
 
     def __init__(self, spec: ModelSpec = DECODER, blocks: int = 20, block_size: int = 16) -> None:
@@ -140,9 +144,11 @@ class FakeRunner:
             raise RuntimeError("poisoned")
 
     def _values(self, row: Row) -> list[int]:
-        name = self.spec.inputs[0].name
-        chunk: np.ndarray = row.input(name) if name in row.work.inputs else np.zeros((0,), np.int64)
-        return [int(value) for value in chunk.reshape(len(chunk), -1)[:, 0]] if len(chunk) else []
+        """What the row appends."""
+        name = [tensor.name for tensor in self.spec.inputs if tensor.axis == self.spec.appends and tensor.required][-1]
+        if name not in row.work.inputs:
+            return []
+        return [int(np.ravel(position)[0]) for position in row.appended(name)]
 
     def _result(self, row: Row) -> RowResult:
         past = [int(number) for number in self.memory.read(row.table, range(row.stop))]
@@ -154,9 +160,12 @@ class FakeRunner:
             if past != told:
                 self.faults.append(f"{row.work.session!r} row {row.index} reads {past}, should be {told}")
         result = RowResult(tail=("tail", tuple(past)) if row.last else None)
-        if self.spec.kind == "attention":
-            running = np.cumsum(past)[row.start : row.stop].astype(np.float32)
-            result.positions["attn_out"] = np.repeat(running[:, None], 4, axis=1)
+        if self.spec.kind == "attention" and row.queries:
+            seen = np.ones((row.queries, row.stop))
+            if "attention_mask" in row.work.inputs:
+                seen = row.asked("attention_mask")[:, : row.stop]
+            answers = row.asked("query")[:, 0] + seen @ np.array(past, dtype=np.float32)
+            result.positions["attn_out"] = np.repeat(answers[:, None].astype(np.float32), 4, axis=1)
         if row.last and row.work.want.sample is not None:
             result.once["next_token"] = next_token(past)
             if row.work.want.logprob:

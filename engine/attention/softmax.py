@@ -17,7 +17,7 @@ def probabilities(q: Tensor, keys: Tensor, bias: Tensor | None, scoring: Scoring
     A query whose every key has bias -inf gets zeros, and so do its gradients.
     """
     scores = ((q * scoring.scale) @ keys).to(scoring.softmax_dtype)
-    if bias is None:
+    if bias is None or scores.shape[-1] == 0:
         return torch.softmax(scores, dim=-1)
     scores = scores + bias.to(scoring.softmax_dtype)
     blind = scores.detach().amax(dim=-1, keepdim=True) == -torch.inf

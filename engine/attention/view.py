@@ -33,3 +33,9 @@ class PagedView:
         if self.weights is not None:
             self.weights.append(paged_probabilities(q, k_blocks, self.inputs, rotary, scoring))
         return attended
+
+    def written(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that this batch has put into a layer's past, as stored: (S, kv_heads, head_dim) each."""
+        k_blocks, v_blocks = self._pool.layers[layer]
+        blocks, offsets = self.inputs.slots // v_blocks.shape[2], self.inputs.slots % v_blocks.shape[2]
+        return k_blocks[blocks, :, :, offsets], v_blocks[blocks, :, offsets]

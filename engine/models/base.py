@@ -21,11 +21,11 @@ class Model(Protocol):
     spec: ModelSpec
 
     def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
-        """The inputs of all rows, packed along positions (T, ...) -> hidden states (T, H)."""
+        """The inputs of all rows, packed: (T, ...) those that ask, (S, ...) those appended -> hidden states (T, H)."""
         ...
 
     def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
-        """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + max(count, replay)]."""
+        """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + queries + replay]."""
         ...
 
 

@@ -32,6 +32,7 @@ def decoder_spec(
         dtype=dtype,
         device=device,
         fingerprint=fingerprint,
+        aligned=True,
         history="token_ids",
         vocab_size=vocab_size,
     )

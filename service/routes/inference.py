@@ -28,13 +28,13 @@ _RESPONSES = {200: append_reply(), **problems(400, 404, 409, 410, 412, 413, 415,
 
 @router.post("/step", openapi_extra=append_request(StepRequest), responses=_RESPONSES)
 async def step(request: Request, session_id: str, tenant: Tenant) -> Response:
-    """Appends exactly one position a row to a past that is not empty."""
+    """Appends exactly one position a row to a past that is not empty, or asks it one query a row (`query` alone)."""
     return await _append(request, session_id, tenant, StepRequest)
 
 
 @router.post("/prefill", openapi_extra=append_request(PrefillRequest), responses=_RESPONSES)
 async def prefill(request: Request, session_id: str, tenant: Tenant) -> Response:
-    """Appends n >= 1 positions a row to any past, empty or not."""
+    """Appends any number of positions to any past, empty or not, and asks any number of queries."""
     return await _append(request, session_id, tenant, PrefillRequest)
 
 

@@ -46,7 +46,7 @@ def _card(spec: ModelSpec, created: int) -> ModelCard:
 
 
 def _tensor(tensor: TensorSpec) -> TensorInfo:
-    shape = ["B", "n", *tensor.trailing]
+    shape = ["B", tensor.axis, *tensor.trailing]
     return TensorInfo(name=tensor.name, dtypes=list(tensor.dtypes), shape=shape, required=tensor.required)
 
 

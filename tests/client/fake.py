@@ -222,12 +222,14 @@ class FakeService:
         if request.url.path.endswith("step") and not all(session.rows):
             return problem(Code.WRONG_STATE, "a step on an empty session")
         past = session.lengths
+        if "query" in arrays and "key" not in arrays and not any(session.rows):
+            return problem(Code.WRONG_STATE, "queries alone on an empty session")
         rows = self._rows(session, options, arrays)
         if max(map(len, rows)) + max(past) > session.max_length:
             return problem(Code.LENGTH_EXCEEDED, "longer than max_length", field="text")
         for row, new in zip(session.rows, rows, strict=True):
             row.extend(new)
-        session.version += 1
+        session.version += any(rows)
         outputs, tensors = self._outputs(session, options, arrays)
         body = schemas.AppendReply(
             outputs=outputs,
@@ -241,8 +243,8 @@ class FakeService:
         return httpx.Response(200, headers=headers, content=encoded.body)
 
     def _rows(self, session: FakeSession, options: schemas.AppendRequest, arrays: dict[str, Array]) -> list[list[int]]:
-        if "query" in arrays:
-            rows = [[0] * arrays["query"].shape[1] for _ in session.rows]
+        if "key" in arrays or "query" in arrays:
+            rows = [[0] * arrays["key"].shape[1] if "key" in arrays else [] for _ in session.rows]
         elif options.messages is not None:
             rows = [list("".join(f"[{m.role}]{m.content}" for m in options.messages).encode())]
         elif options.text is not None:

@@ -72,6 +72,24 @@ def test_attention_takes_and_gives_arrays(binary: bool, content_type: str) -> No
         assert session.valid_length == [3]
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_keys_are_brought_once_and_asked_by_queries_alone(binary: bool) -> None:
+    tensor = np.arange(12, dtype=np.float16).reshape(1, 3, 4)
+    with Client(transport=FakeService().transport, binary=binary) as client:
+        session = client.sessions.create("attention")
+        with pytest.raises(errors.WrongState):
+            session.step(query=tensor[:, :1])
+        brought = session.prefill(key=tensor, value=tensor)
+        assert (brought.attn_out, session.valid_length, session.version) == (None, [3], 1)
+        for result, n in (
+            (session.step(query=tensor[:, :1]), 1),
+            (session.prefill(query=tensor[:, :2], attention_mask=np.ones((1, 2, 3), bool), expect_version=True), 2),
+        ):
+            assert (result.past_length, result.valid_length, result.version) == ([3], [3], 1)
+            np.testing.assert_array_equal(result.attn_out, tensor[:, :n])
+        assert (session.valid_length, session.version) == ([3], 1)
+
+
 def test_rows_of_a_batch(client: Client) -> None:
     session = client.sessions.create("decoder", batch_size=2)
     assert session.batch_size == 2

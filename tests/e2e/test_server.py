@@ -17,8 +17,10 @@ from types import TracebackType
 from typing import Self
 
 import httpx
+import numpy as np
 import pytest
 
+from keypast import Client, errors
 from tests.service.fakes import KINDS, Kind, event_data
 
 ROOT = Path(__file__).parents[2]
@@ -215,6 +217,42 @@ def test_the_attention_layer_over_the_wire(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         code, printed = server.ends()
     assert (code, "Traceback" in printed) == (0, False)
+
+
+def test_cross_attention_over_the_wire(tmp_path: Path) -> None:
+    """Rows of 5 and 3 keys brought once and asked by queries alone, at once and one by one; rows then grow."""
+    layer = "layer=attention:hidden=8,heads=2,dtype=float32"
+    settings = {"models": layer, "kv_memory": "16MiB", "kv_dtype": "float32", "attention_backend": "sdpa"}
+    with Server("service", cache_dir=str(tmp_path), **settings) as server:
+        address = server.address()
+        for binary in (True, False):
+            with Client(address, binary=binary) as client:
+                _cross(client)
+
+
+def _cross(client: Client) -> None:
+    random = np.random.default_rng(0)
+    query, key, value = (random.normal(size=(2, n, 8)).astype(np.float32) for n in (6, 5, 5))
+    mask = random.random((2, 6, 5)) < 0.6
+    shapes = {tensor.name: tensor.shape for tensor in client.models()[0].inputs}
+    assert (shapes["query"], shapes["key"]) == (["B", "n", 8], ["B", "m", 8])
+    whole = client.sessions.create("layer", batch_size=2).prefill(
+        query=query, key=key, value=value, attention_mask=mask, batch_valid_length=[5, 3]
+    )
+    session = client.sessions.create("layer", batch_size=2)
+    with pytest.raises(errors.WrongState):
+        session.step(query=query[:, :1])
+    session.prefill(key=key, value=value, batch_valid_length=[5, 3])
+    asked = [session.prefill(query=query, attention_mask=mask, need_weights=True)]
+    asked += [session.step(query=query[:, at : at + 1], attention_mask=mask[:, at : at + 1]) for at in range(6)]
+    assert {(result.version, *result.valid_length) for result in asked} == {(1, 5, 3)}
+    expected, at_once, *stepped = (np.asarray(result.attn_out) for result in (whole, *asked))
+    for attn_out in (at_once, np.concatenate(stepped, axis=1)):
+        np.testing.assert_allclose(attn_out, expected, atol=1e-5)
+    assert asked[0].attn_weights is not None
+    assert not asked[0].attn_weights[1, :, 3:].any()
+    session.step(query=query[:, :1], key=key[:, :1], value=value[:, :1])
+    assert (session.valid_length, session.version) == ([6, 4], 2)
 
 
 def _chunk(past: int, n: int) -> dict[str, object]:

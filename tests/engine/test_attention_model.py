@@ -1,5 +1,6 @@
 """The attention kind against torch's own MultiheadAttention, and its masks."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.attention.base import Rotary
+from engine.attention.view import PagedView
 from engine.batch import Truncate, Want
 from engine.errors import InvalidInput
+from engine.layers import MultiHeadAttention
 from engine.models import build
+from engine.models.attention import AttentionModel, attention_spec
 from engine.models.base import LoadOptions
 from engine.runner import ModelRunner
+from engine.specs import ModelSpec
 from tests.engine.models import CACHE, Served, backend
 
 HIDDEN, HEADS = 24, 3
@@ -118,7 +124,7 @@ def test_a_chunk_at_a_past_sees_what_its_mask_says(layer: Served, oracle: torch.
 
 
 def test_padding_never_enters_the_past(layer: Served, oracle: torch.nn.MultiheadAttention) -> None:
-    """Rows of 5 and 2 positions padded to 8; then both are stepped."""
+    """Rows of 5 and 2 positions padded to 8; then both are stepped. Queries of the padding are answered too."""
     inputs, lengths = tensors(2, 8), [5, 2]
     session = layer.open(2)
     result = layer.append(session, {**inputs, "attention_mask": causal(2, 8)}, batch_valid_length=lengths).outputs[
@@ -134,7 +140,114 @@ def test_padding_never_enters_the_past(layer: Served, oracle: torch.nn.Multihead
         out, _ = expected(oracle, whole, causal(1, length + 1))
         np.testing.assert_allclose(result[row, :length], out[0, :length], atol=1e-4)
         np.testing.assert_allclose(stepped[row], out[0, length:], atol=1e-4)
-        assert not result[row, length:].any()
+        first = {name: inputs[name][row : row + 1, :length] for name in ("key", "value")}
+        padded = {**first, "query": inputs["query"][row : row + 1, length:]}
+        out, _ = expected(oracle, padded, np.ones((1, 8 - length, length)))
+        np.testing.assert_allclose(result[row, length:], out[0], atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=3), steps=st.integers(1, 8), data=st.data())
+def test_prefill_equals_shorter_prefill_and_steps_for_ragged_rows(
+    layer: Served, oracle: torch.nn.MultiheadAttention, lengths: list[int], steps: int, data: st.DataObject
+) -> None:
+    rows, widest = len(lengths), max(lengths) + data.draw(st.integers(0, 2))
+    inputs = tensors(rows, widest + steps)
+    session = layer.open(rows)
+    first = {name: array[:, :widest] for name, array in inputs.items()}
+    prefill = layer.append(session, {**first, "attention_mask": causal(rows, widest)}, batch_valid_length=lengths)
+    got = [prefill.outputs["attn_out"]]
+    for at in range(widest, widest + steps):
+        step = {name: array[:, at : at + 1] for name, array in inputs.items()}
+        got.append(layer.append(session, step, step=True).outputs["attn_out"])
+    for row, length in enumerate(lengths):
+        kept = [*range(length), *range(widest, widest + steps)]
+        whole = {name: array[row : row + 1, kept] for name, array in inputs.items()}
+        out, _ = expected(oracle, whole, causal(1, length + steps))
+        np.testing.assert_allclose(np.concatenate(got, axis=1)[row, kept], out[0], atol=1e-4)
+    layer.engine.delete_session(session)
+
+
+# Cross-attention: keys and values that stay, queries that come alone
+
+
+def test_a_cross_session_is_prefilled_once_and_asked_for_ever(
+    layer: Served, oracle: torch.nn.MultiheadAttention
+) -> None:
+    """32 x 20 keys, asked 10 queries at once and one by one; the session stays where it is."""
+    memory, asking = tensors(32, 20), tensors(32, 10, seed=1)
+    mask = (np.random.default_rng(0).random((32, 10, 20)) < 0.7).astype(np.float32)
+    mask[..., 0] = 1
+    out, probabilities = expected(oracle, {**memory, "query": asking["query"]}, mask)
+    session = layer.open(32)
+    prefilled = layer.append(session, {name: memory[name] for name in ("key", "value")})
+    assert (prefilled.outputs, prefilled.valid_length, prefilled.version) == ({}, [20] * 32, 1)
+    blocks = layer.engine.session(session).blocks
+    asked = layer.append(session, {"query": asking["query"], "attention_mask": mask}, Want(need_weights=True))
+    assert (asked.past_length, asked.valid_length, asked.version) == ([20] * 32, [20] * 32, 1)
+    np.testing.assert_allclose(asked.outputs["attn_out"], out, atol=1e-4)
+    np.testing.assert_allclose(asked.outputs["attn_weights"], probabilities, atol=1e-5)
+    for at in range(10):
+        step = {"query": asking["query"][:, at : at + 1], "attention_mask": mask[:, at : at + 1]}
+        stepped = layer.append(session, step, step=True, batch_valid_length=[20] * 32)
+        np.testing.assert_allclose(stepped.outputs["attn_out"], out[:, at : at + 1], atol=1e-4)
+    info = layer.engine.session(session)
+    assert (info.valid_length, info.version, info.blocks) == ([20] * 32, 1, blocks)
+    layer.engine.delete_session(session)
+
+
+def test_queries_and_keys_of_other_numbers_in_one_append(layer: Served, oracle: torch.nn.MultiheadAttention) -> None:
+    """A guide's own example: query (32, 10, H), key and value (32, 20, H), mask (32, 10, 20)."""
+    memory, asking = tensors(32, 20), tensors(32, 10, seed=1)
+    inputs, mask = {**memory, "query": asking["query"]}, np.ones((32, 10, 20), np.float32)
+    session = layer.open(32)
+    result = layer.append(session, {**inputs, "attention_mask": mask})
+    assert (result.outputs["attn_out"].shape, result.valid_length) == ((32, 10, HIDDEN), [20] * 32)
+    np.testing.assert_allclose(result.outputs["attn_out"], expected(oracle, inputs, mask)[0], atol=1e-4)
+    layer.engine.delete_session(session)
+
+
+def test_a_fork_of_a_cross_session_shares_its_keys(layer: Served) -> None:
+    memory, asking = tensors(1, 20), tensors(1, 1, seed=1)
+    session = layer.open()
+    layer.append(session, {name: memory[name] for name in ("key", "value")})
+    child = layer.engine.fork(session)[0].id
+    outs = [layer.append(s, {"query": asking["query"]}, step=True).outputs["attn_out"] for s in (session, child)]
+    np.testing.assert_array_equal(*outs)
+    info = layer.engine.session(child)
+    assert info.blocks == info.shared_blocks
+
+
+class Turning(AttentionModel):
+    """A layer whose queries and keys are turned by position."""
+
+    def __init__(self, spec: ModelSpec, layer: MultiHeadAttention, rotary: Rotary) -> None:
+        super().__init__(dataclasses.replace(spec, aligned=True), layer)
+        self.rotary = rotary
+
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
+        out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv, rotary=self.rotary)
+        return out
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "sdpa"])
+def test_padding_of_a_layer_that_turns_by_position(backend_name: str) -> None:
+    """Rows of 10 and 1 positions, then 2 and 3 more of the 4 given: padding would stand beyond the longest length."""
+    torch.manual_seed(5)
+    layer = MultiHeadAttention(HIDDEN, HEADS, compute_dtype=torch.float32).requires_grad_(False).eval()
+    rotary = Rotary(*torch.randn(2, 12, HIDDEN // HEADS // 2).unbind(0))
+    spec = attention_spec("turning", layer, kv_dtype="float32", max_length=12, fingerprint="")
+    served = Served(ModelRunner(Turning(spec, layer, rotary), backend(backend_name), 20, 16))
+    session, inputs = served.open(2), tensors(2, 14)
+    for start, stop, lengths in ((0, 10, [10, 1]), (10, 14, [12, 4])):
+        chunk = {name: array[:, start:stop] for name, array in inputs.items()}
+        mask = {"attention_mask": np.ones((2, stop - start, stop), np.float32)}
+        got = served.append(session, {**chunk, **mask}, batch_valid_length=lengths).outputs["attn_out"]
+    for row, kept in enumerate(([*range(12)], [0, 10, 11, 12])):
+        whole = [torch.from_numpy(inputs[name][row : row + 1, kept]) for name in ("query", "key", "value")]
+        out, _, _ = layer.stateless(*whole, rotary=rotary)
+        appended = [at - 10 for at in kept if at >= 10]
+        np.testing.assert_allclose(got[row, appended], out[0, -len(appended) :], atol=1e-4)
 
 
 def test_a_fully_masked_query_attends_to_nothing(layer: Served, oracle: torch.nn.MultiheadAttention) -> None:
@@ -223,9 +336,24 @@ def test_a_past_that_would_overflow_float16_is_refused_and_nothing_stays(weights
     served = serve(weights, "cpu", kv_dtype="float16")
     inputs, session = tensors(1, 2), served.open()
     inputs["value"] *= 1e6
-    with pytest.raises(InvalidInput, match="overflow the float16 past"):
-        served.append(session, {**inputs, "attention_mask": causal(1, 2)})
+    for asks in (inputs, {name: inputs[name] for name in ("key", "value")}):
+        mask = {"attention_mask": causal(1, 2) * 0} if "query" in asks else {}
+        with pytest.raises(InvalidInput, match="overflow the float16 past") as caught:
+            served.append(session, {**asks, **mask})
+        assert caught.value.field == "value"
     assert served.engine.session(session).valid_length == [0]
+
+
+def test_an_output_that_its_dtype_cannot_hold_is_refused_and_nothing_stays(layer: Served) -> None:
+    inputs, session = tensors(1, 2), layer.open()
+    inputs["value"] *= 1e5
+    mask = causal(1, 2)
+    narrow = {**inputs, "query": inputs["query"].astype(np.float16), "attention_mask": mask}
+    with pytest.raises(InvalidInput, match="the output overflows float16") as caught:
+        layer.append(session, narrow)
+    assert caught.value.field == "query"
+    assert layer.engine.session(session).valid_length == [0]
+    assert np.isfinite(layer.append(session, {**inputs, "attention_mask": mask}).outputs["attn_out"]).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from engine.errors import (
     SessionNotFound,
     WrongState,
 )
+from engine.specs import ModelSpec
 from engine.stats import Receipt
 from tests.fakes import ATTENTION, DECODER, FakeClock, FakeRunner, next_token
 
@@ -34,9 +36,9 @@ DRAW = Want(sample=Sample())
 class House:
     """An engine over one fake decoder and one fake attention layer, and short ways to talk to it."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, attention: ModelSpec = ATTENTION, **config: Any) -> None:
         self.runner = FakeRunner(DECODER)
-        self.attention = FakeRunner(ATTENTION)
+        self.attention = FakeRunner(attention)
         self.clock = FakeClock()
         self.engine = Engine([self.runner, self.attention], EngineConfig(**{"token_budget": 32, **config}), self.clock)
 
@@ -50,6 +52,34 @@ class House:
         append = Append(session_id, {"token_ids": np.array(rows, dtype=np.int64)}, **options)
         self.engine.submit(append)
         return append
+
+    def attention_session(self, batch_size: int = 1) -> str:
+        return self.engine.create_session("attention", batch_size=batch_size).id
+
+    def submit_tensors(
+        self, session_id: str, query: list[list[int]] | None, key: list[list[int]] | None, **options: Any
+    ) -> Append:
+        """A number stands for a position of width 4. On prefill, queries see everything unless `attention_mask` is
+        given."""
+        wide = {
+            name: np.repeat(np.array(rows, np.float32)[..., None], 4, axis=2)
+            for name, rows in (("query", query), ("key", key), ("value", key))
+            if rows is not None
+        }
+        mask = options.pop("attention_mask", None)
+        if mask is None and query is not None and not options.get("step"):
+            total = max(self.lengths(session_id)) + (0 if key is None else len(key[0]))
+            mask = np.ones((*np.shape(query), total))
+        if mask is not None:
+            wide["attention_mask"] = np.asarray(mask, dtype=np.float32)
+        append = Append(session_id, wide, **options)
+        self.engine.submit(append)
+        return append
+
+    def ask(self, session_id: str, query: list[list[int]] | None, key: list[list[int]] | None, **options: Any) -> Any:
+        append = self.submit_tensors(session_id, query, key, **options)
+        self.run()
+        return append.future.result(0)
 
     def finish(self, operation: Operation) -> Any:
         self.engine.submit(operation)
@@ -127,15 +157,161 @@ def test_rows_of_a_padded_batch_advance_by_their_own_length(house: House) -> Non
     assert result.outputs["next_token"] == [next_token([1, 2, 3, 5]), next_token([4, 6])]
 
 
-def test_attention_outputs_are_padded_to_the_longest_row(house: House) -> None:
-    session = house.engine.create_session("attention", batch_size=2).id
-    tensor = np.ones((2, 3, 4), dtype=np.float32)
-    inputs = {"query": tensor, "key": tensor, "value": tensor, "attention_mask": np.ones((2, 3, 3), dtype=bool)}
-    append = Append(session, inputs, batch_valid_length=[3, 1])
-    house.engine.submit(append)
+def test_every_query_is_answered_whatever_its_row_appends(house: House) -> None:
+    session = house.attention_session(batch_size=3)
+    result = house.ask(session, [[1, 2], [3, 4], [5, 6]], [[10] * 3, [20] * 3, [30] * 3], batch_valid_length=[3, 1, 0])
+    assert (result.past_length, result.valid_length) == ([0, 0, 0], [3, 1, 0])
+    assert result.outputs["attn_out"][:, :, 0].tolist() == [[31, 32], [23, 24], [5, 6]]
+
+
+def test_queries_alone_read_the_past_and_change_nothing(house: House) -> None:
+    session = house.attention_session(batch_size=2)
+    result = house.ask(session, None, [[1, 2, 3], [4, 0, 0]], batch_valid_length=[3, 1])
+    assert (result.outputs, result.valid_length, result.version) == ({}, [3, 1], 1)
+    before = house.engine.capacity()
+    for options in ({"step": True}, {"step": True, "batch_valid_length": [3, 1]}, {}):
+        result = house.ask(session, [[10], [20]], None, **options)
+        assert (result.past_length, result.valid_length, result.version) == ([3, 1], [3, 1], 1)
+        assert result.outputs["attn_out"][:, :, 0].tolist() == [[16], [24]]
+    hidden = np.array([[[1, 0, 0]], [[0, 1, 1]]])
+    result = house.ask(session, [[10], [20]], None, attention_mask=hidden, step=True)
+    assert result.outputs["attn_out"][:, :, 0].tolist() == [[11], [20]]
+    assert house.engine.capacity() == before
+
+
+def test_queries_alone_keep_their_place_and_run_in_one_turn(house: House) -> None:
+    """Longer than the token budget, between two appends, and never cut."""
+    session = house.attention_session()
+    queries = list(range(100))
+    appends = [
+        house.submit_tensors(session, None, [[1]]),
+        house.submit_tensors(session, [queries], None, attention_mask=np.ones((1, 100, 1))),
+        house.submit_tensors(session, [[0]], [[5]], step=True),
+        house.submit_tensors(session, [[0]], None, step=True),
+    ]
     house.run()
-    attn_out = append.future.result(0).outputs["attn_out"]
-    assert attn_out[:, :, 0].tolist() == [[1, 2, 3], [1, 0, 0]]
+    results = [append.future.result(0) for append in appends]
+    assert [result.version for result in results] == [1, 1, 2, 2]
+    assert results[1].outputs["attn_out"][0, :, 0].tolist() == [query + 1 for query in queries]
+    assert results[3].outputs["attn_out"][0, :, 0].tolist() == [6]
+    assert len(house.attention.batches) == 4
+
+
+def test_many_sessions_ask_and_append_in_one_batch(house: House) -> None:
+    sessions = [house.attention_session() for _ in range(3)]
+    for at, session in enumerate(sessions):
+        house.ask(session, None, [[at + 1]])
+    house.attention.batches.clear()
+    appends = [
+        house.submit_tensors(sessions[0], [[10]], None, step=True),
+        house.submit_tensors(sessions[1], [[20]], [[7]], step=True),
+        house.submit_tensors(sessions[2], None, [[8]]),
+    ]
+    house.run()
+    assert [len(batch) for batch in house.attention.batches] == [3]
+    results = [append.future.result(0) for append in appends]
+    assert [result.valid_length for result in results] == [[1], [2], [2]]
+    answers = [result.outputs["attn_out"].ravel()[0] if result.outputs else None for result in results]
+    assert answers == [11, 29, None]
+
+
+def test_many_queries_come_after_steps_and_count_against_the_budget(house: House) -> None:
+    first, second, quick = [house.attention_session() for _ in range(3)]
+    for session in (first, second, quick):
+        house.ask(session, None, [[1]])
+    house.attention.batches.clear()
+    for session, n in ((first, 20), (second, 20), (quick, 1)):
+        house.submit_tensors(session, [[0] * n], None)
+    house.run()
+    assert [[row[0] for row in batch] for batch in house.attention.batches] == [[quick, first], [second]]
+
+
+def test_a_failure_among_queries_is_the_askers_own(house: House) -> None:
+    sessions = [house.attention_session() for _ in range(2)]
+    for session in sessions:
+        house.ask(session, None, [[1]])
+    house.attention.poison = 66
+    asks = house.submit_tensors(sessions[0], [[10]], None, step=True)
+    fails = house.submit_tensors(sessions[1], [[10]], [[66]], step=True)
+    house.run()
+    assert asks.future.result(0).outputs["attn_out"].ravel()[0] == 11
+    assert isinstance(fails.future.exception(0), ModelFailed)
+    assert house.ask(sessions[1], [[10]], None).outputs["attn_out"].ravel()[0] == 11
+
+
+TENSOR = np.ones((1, 1, 4), dtype=np.float32)
+PAIR = np.ones((1, 2, 4), dtype=np.float32)
+MASK = np.ones((1, 1, 2), dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "field", "message"),
+    [
+        ({}, {}, "query", "is required, or key and value"),
+        ({"key": TENSOR}, {}, "value", "is required with key"),
+        ({"value": TENSOR, "query": TENSOR}, {"step": True}, "key", "is required with value"),
+        ({"attention_mask": MASK}, {}, "query", "is required with attention_mask"),
+        ({"key": TENSOR, "value": TENSOR, "attention_mask": MASK}, {}, "query", "is required with attention_mask"),
+        ({"query": TENSOR}, {}, "attention_mask", "required on prefill"),
+        ({"key": TENSOR, "value": TENSOR, "query": TENSOR}, {}, "attention_mask", "required on prefill"),
+        ({"key": PAIR, "value": TENSOR}, {}, "value", "shape must be .1, 2, 4."),
+        ({"key": PAIR, "value": TENSOR, "query": TENSOR}, {"step": True}, "key", "shape must be .1, 1, 4."),
+        ({"key": TENSOR[:, :0], "value": TENSOR[:, :0]}, {}, "key", "0 positions"),
+        ({"query": TENSOR[:, :0]}, {"step": True}, "query", "0 positions"),
+        ({"query": TENSOR[0]}, {"step": True}, "query", r"shape must be \(1, 4, 4\)"),
+        ({"query": TENSOR[0, 0]}, {"step": True}, "query", "must be .B, n, ...."),
+        ({"key": TENSOR, "value": TENSOR[0, 0]}, {}, "value", "must be .B, m, ...."),
+        ({"query": PAIR}, {"step": True}, "query", "asks 1 query a row, got 2"),
+        ({"query": TENSOR, "key": PAIR, "value": PAIR}, {"step": True}, "key", "appends 1 position a row, got 2"),
+        ({"key": TENSOR, "value": TENSOR}, {"step": True}, "query", "is required on a step"),
+        ({"query": TENSOR, "attention_mask": MASK}, {"step": True}, "attention_mask", r"T = .* = 1, got \(1, 1, 2\)"),
+        (
+            {"key": TENSOR, "value": TENSOR},
+            {"batch_valid_length": [1]},
+            "batch_valid_length",
+            "each must be past_length \\+ 0 to 1 and at least one row must grow",
+        ),
+    ],
+)
+def test_bad_queries_and_keys_name_their_field(
+    house: House, inputs: dict[str, Any], options: dict[str, Any], field: str, message: str
+) -> None:
+    session = house.attention_session()
+    house.ask(session, None, [[1]])
+    with pytest.raises(InvalidInput, match=message) as caught:
+        house.finish(Append(session, inputs, **options))
+    assert caught.value.field == field
+    assert house.engine.session(session).version == 1
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_queries_alone_need_a_past_of_the_length_they_name(house: House, step: bool) -> None:
+    session = house.attention_session(batch_size=2)
+    with pytest.raises(WrongState, match="the session is empty"):
+        house.ask(session, [[1], [1]], None, step=step)
+    house.ask(session, None, [[1], [1]])
+    with pytest.raises(Moved) as caught:
+        house.ask(session, [[1], [1]], None, step=step, batch_valid_length=[2, 1])
+    assert caught.value.valid_length == [1, 1]
+
+
+def test_a_row_without_a_past_is_answered_on_prefill_and_refused_on_a_step(house: House) -> None:
+    session = house.attention_session(batch_size=2)
+    house.ask(session, None, [[1], [0]], batch_valid_length=[1, 0])
+    result = house.ask(session, [[10], [20]], None)
+    assert result.outputs["attn_out"][:, :, 0].tolist() == [[11], [20]]
+    with pytest.raises(WrongState):
+        house.ask(session, [[10], [20]], None, step=True)
+
+
+def test_a_layer_that_turns_by_position_takes_as_many_queries_as_keys() -> None:
+    house = House(attention=replace(ATTENTION, aligned=True))
+    session = house.attention_session()
+    for query, key in (([[1]], None), (None, [[1]]), ([[1, 2]], [[1]])):
+        with pytest.raises(InvalidInput, match="as many of both") as caught:
+            house.ask(session, query, key)
+        assert caught.value.field == "query"
+    assert house.ask(session, [[1, 2]], [[3, 4]]).valid_length == [2]
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ class FakeDecoder(FakeRunner):
         return self.after.get(token, (token + 1) % VOCABULARY)
 
     def row(self, row: Row) -> RowResult:
-        tokens = row.input("token_ids").tolist() if row.count else []
+        tokens = row.appended("token_ids").tolist() if row.count else []
         if POISON in tokens:
             raise RuntimeError("poisoned /secret/path 0x7f0000")
         self.fed.append(tokens)
@@ -140,7 +140,7 @@ class FakeDecoder(FakeRunner):
         return result
 
     def numbers(self, row: Row) -> list[float]:
-        return list(map(float, row.input("token_ids")))
+        return list(map(float, row.appended("token_ids")))
 
     def logits(self, token: int) -> Array:
         logits = np.zeros(VOCABULARY, np.float32)
@@ -149,16 +149,17 @@ class FakeDecoder(FakeRunner):
 
 
 class FakeAttention(FakeRunner):
-    """attn_out is value + position; attn_weights is the mask."""
+    """attn_out is query + the row's past length + the query's index; attn_weights are ones."""
 
     def __init__(self, blocks: int = 64, block_size: int = 4, kv_dtype: str = "float16") -> None:
-        tensor = (TensorSpec(name, ("float16", "float32"), (H,)) for name in ("query", "key", "value"))
+        query = TensorSpec("query", ("float16", "float32"), (H,))
+        past = (TensorSpec(name, ("float16", "float32"), (H,), axis="m") for name in ("key", "value"))
         mask = TensorSpec("attention_mask", ("uint8", "bool", "int32", "int64"), ("T",), required=False, values=(0, 1))
         super().__init__(
             ModelSpec(
                 name="echo",
                 kind="attention",
-                inputs=(*tensor, mask),
+                inputs=(query, *past, mask),
                 outputs=(
                     TensorSpec("attn_out", ("float16", "float32"), (H,)),
                     TensorSpec("attn_weights", ("float32",), ("T",), required=False),
@@ -169,21 +170,25 @@ class FakeAttention(FakeRunner):
                 dtype="float32",
                 device="cpu",
                 fingerprint="sha256:1",
+                appends="m",
             ),
             blocks,
             block_size,
         )
 
     def row(self, row: Row) -> RowResult:
-        value = row.input("value")
-        if (value == POISON).any():
-            raise RuntimeError("poisoned /secret/path 0x7f0000")
-        positions = {"attn_out": value + np.arange(row.start, row.stop, dtype=value.dtype)[:, None]}
-        once = {"attn_weights": np.ones((row.count, row.stop), np.float32)} if row.work.want.need_weights else {}
+        for name in row.work.inputs.keys() & {"query", "value"}:
+            if (row.work.inputs[name][row.index] == POISON).any():
+                raise RuntimeError("poisoned /secret/path 0x7f0000")
+        if not row.queries:
+            return RowResult()
+        query = row.asked("query")
+        positions = {"attn_out": query + row.start + np.arange(row.queries, dtype=query.dtype)[:, None]}
+        once = {"attn_weights": np.ones((row.queries, row.stop), np.float32)} if row.work.want.need_weights else {}
         return RowResult(positions, once)
 
     def numbers(self, row: Row) -> list[float]:
-        return list(map(float, row.input("value")[:, 0]))
+        return list(map(float, row.appended("value")[:, 0] if "value" in row.work.inputs else []))
 
 
 def byte_tokenizer() -> engine.text.Tokenizer:

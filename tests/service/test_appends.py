@@ -4,9 +4,10 @@ import asyncio
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
-from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, encode_tensor, load_tensors, read_reply
+from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, dump_tensors, encode_tensor, load_tensors, read_reply
 from service.routes.inference import LARGE
 from tests.service.conftest import Running, Start
 from tests.service.fakes import KINDS, VOCABULARY, H, Kind
@@ -81,6 +82,67 @@ async def test_ragged_rows(running: Running, kind: Kind) -> None:
     assert (reply.status_code, reply.json()["valid_length"]) == (200, [5, 3])
     reply = await running.client.post(f"{path}/step", json=kind.json(1, 5, rows=2, batch_valid_length=[6, 3]))
     assert (reply.status_code, reply.json()["code"], reply.json()["valid_length"]) == (412, "moved", [5, 3])
+
+
+def memory(m: int, rows: int = 1) -> dict[str, Any]:
+    """Keys and values alone."""
+    tensors = ATTENTION.json(m, rows=rows)
+    return {name: tensors[name] for name in ("key", "value")}
+
+
+def asking(n: int, length: int, rows: int = 1) -> dict[str, Any]:
+    """Queries alone."""
+    mask = {"attention_mask": encode_tensor(np.ones((rows, n, length), np.uint8), "nested")}
+    return {"query": ATTENTION.json(n, rows=rows)["query"], **mask}
+
+
+async def test_keys_that_stay_are_asked_by_queries_alone(running: Running) -> None:
+    path = f"/v1/sessions/{await running.session('echo', batch_size=2)}"
+    reply = await running.client.post(f"{path}/prefill", json={**memory(5, 2), "batch_valid_length": [5, 3]})
+    assert (reply.status_code, reply.json()["outputs"]) == (200, {})
+    before = (await running.client.get(path)).json()
+    told = [reply.json()]
+    for verb, body in (
+        ("prefill", asking(4, 5, 2)),
+        ("step", {"query": asking(1, 5, 2)["query"]}),
+        ("step", {**asking(1, 5, 2), "batch_valid_length": [5, 3]}),
+    ):
+        reply = await running.client.post(f"{path}/{verb}", json=body, headers={"if-match": '"1"'})
+        assert (reply.status_code, reply.headers["etag"]) == (200, '"1"'), reply.text
+        told.append(reply.json())
+    assert [(one["past_length"], one["valid_length"], one["version"]) for one in told] == [
+        ([0, 0], [5, 3], 1),
+        *[([5, 3], [5, 3], 1)] * 3,
+    ]
+    assert [one["outputs"]["attn_out"]["shape"] for one in told[1:]] == [[2, 4, H], [2, 1, H], [2, 1, H]]
+    after = (await running.client.get(path)).json()
+    assert {**before, "last_used_at": None} == {**after, "last_used_at": None}
+    reply = await running.client.post(f"{path}/step", json=ATTENTION.json(1, 5, rows=2))
+    assert (reply.json()["valid_length"], reply.json()["version"]) == ([6, 4], 2), "it may still grow"
+
+
+async def test_more_queries_than_keys_and_fewer(running: Running) -> None:
+    path = f"/v1/sessions/{await running.session('echo')}/prefill"
+    for n, m, length in ((2, 5, 5), (7, 1, 6)):
+        reply = await running.client.post(path, json={**memory(m), **asking(n, length)})
+        assert (reply.status_code, reply.json()["valid_length"]) == (200, [length])
+        assert reply.json()["outputs"]["attn_out"]["shape"] == [1, n, H]
+
+
+async def test_cross_attention_in_safetensors(running: Running) -> None:
+    """A reply without an output is a file without a tensor."""
+    path = f"/v1/sessions/{await running.session('echo')}"
+    tensors = ATTENTION.inputs(5, 0, 1, False)
+    headers = {"content-type": SAFETENSORS_TYPE}
+    body = dump_tensors({name: tensors[name] for name in ("key", "value")}, {})
+    reply = await running.client.post(f"{path}/prefill", content=body, headers=headers)
+    assert (reply.status_code, reply.headers["content-type"]) == (200, SAFETENSORS_TYPE)
+    arrays, metadata = load_tensors(reply.content)
+    assert (arrays, metadata["valid_length"]) == ({}, "[5]")
+    body = dump_tensors({"query": tensors["query"][:, :1]}, {})
+    reply = await running.client.post(f"{path}/step", content=body, headers=headers, params={"need_weights": "true"})
+    arrays, metadata = load_tensors(reply.content)
+    assert (arrays["attn_out"].shape, arrays["attn_weights"].shape, metadata["version"]) == ((1, 1, H), (1, 1, 5), "1")
 
 
 async def test_next_token_is_told_and_not_appended(running: Running) -> None:

@@ -126,7 +126,17 @@ INVALID_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
         {key: value for key, value in tensors().items() if key != "attention_mask"},
         "attention_mask",
     ),
-    "missing": ({"query": TENSOR}, "key"),
+    "nothing": ({}, "query"),
+    "a key without its value": ({"key": TENSOR}, "value"),
+    "a value without its key": (tensors(key=None), "key"),
+    "queries alone without a mask": ({"query": TENSOR}, "attention_mask"),
+    "a mask without queries": (tensors(query=None), "query"),
+    "a mask for more than the past": (
+        {name: tensors()[name] for name in ("query", "attention_mask")},
+        "attention_mask",
+    ),
+    "key and value disagree": ({"key": TENSOR, "value": {**TENSOR, "shape": [1, 2, H], "data": [0] * 8}}, "value"),
+    "nothing appended": ({"key": TENSOR, "value": TENSOR, "batch_valid_length": [3]}, "batch_valid_length"),
     "text": ({"text": "a"}, "text"),
     "messages": ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
     "token ids": (tensors(token_ids=[[1]]), "token_ids"),
@@ -140,6 +150,40 @@ async def test_an_invalid_append_to_attention_is_422(running: Running, body: dic
     before = running.state()
     reply = await running.client.post(f"/v1/sessions/{session_id}/prefill", content=json.dumps(body))
     refused(reply, 422, "invalid_input", field)
+    assert running.state() == before
+
+
+INVALID_STEPS: dict[str, tuple[dict[str, Any], str]] = {
+    "two queries": ({"query": {**TENSOR, "shape": [1, 2, H], "data": [0] * 8}}, "query"),
+    "two keys": (
+        {"query": TENSOR} | {name: {**TENSOR, "shape": [1, 2, H], "data": [0] * 8} for name in ("key", "value")},
+        "key",
+    ),
+    "keys alone": ({"key": TENSOR, "value": TENSOR}, "query"),
+    "a key without its value": ({"query": TENSOR, "key": TENSOR}, "value"),
+    "a mask of the wrong length": (tensors(key=None, value=None), "attention_mask"),
+}
+
+
+@pytest.mark.parametrize(("body", "field"), INVALID_STEPS.values(), ids=INVALID_STEPS.keys())
+async def test_an_invalid_step_of_attention_is_422(running: Running, body: dict[str, Any], field: str) -> None:
+    session_id = await running.prefilled(ATTENTION, 3)
+    before = running.state()
+    reply = await running.client.post(f"/v1/sessions/{session_id}/step", content=json.dumps(body))
+    refused(reply, 422, "invalid_input", field)
+    assert running.state() == before
+
+
+@pytest.mark.parametrize("verb", ["step", "prefill"])
+async def test_queries_alone_need_a_past_of_the_length_they_name(running: Running, verb: str) -> None:
+    mask = {"dtype": "bool", "shape": [1, 1, 3], "data": [1, 1, 1]}
+    body = {"query": TENSOR, "attention_mask": mask}
+    empty, past = await running.session("echo"), await running.prefilled(ATTENTION, 3)
+    before = running.state()
+    refused(await running.client.post(f"/v1/sessions/{empty}/{verb}", json=body), 409, "wrong_state")
+    moved = {**body, "batch_valid_length": [4]}
+    problem = refused(await running.client.post(f"/v1/sessions/{past}/{verb}", json=moved), 412, "moved")
+    assert (problem.valid_length, problem.version) == ([3], 1)
     assert running.state() == before
 
 
