@@ -9,8 +9,8 @@ Layouts (R rows, T queries and S new keys of all rows packed, W blocks in the wi
     V blocks   (blocks, kv_heads, block_size, head_dim)
 
 Row r owns queries [query_start[r], query_start[r+1]); its query i stands at absolute position past_length[r] + i and
-sees keys [0, past_length[r] + i] when `causal`, else [0, present_length[r]). S = T unless a row brings queries alone
-(cross-attention over keys that are there) or keys alone.
+sees keys [0, past_length[r] + i] when `causal`, else [0, present_length[r]). S = T unless rows bring other numbers of
+queries than of new keys (cross-attention: queries alone over keys that are there, keys alone).
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.batch import Append, Truncate, Want
+from engine.batch import Append, ExportPast, ImportPast, Truncate, Want
 from engine.errors import EngineError, LengthExceeded, WrongState
 from engine.layers import MultiHeadAttention
 from engine.models.attention import AttentionModel, attention_spec
@@ -193,6 +193,15 @@ class Attending(RuleBasedStateMachine):
         length = at % (min(told.lengths) + 1)
         child = self.served.engine.fork(session, at=length)[0].id
         self.told[child] = Told([k[:length] for k in told.keys], [v[:length] for v in told.values])
+
+    @rule(number=picks)
+    def move(self, number: int) -> None:
+        """Out of a session and into a new one."""
+        told = self.told[self.pick(number)]
+        past = self.served.finish(ExportPast(self.pick(number))).past
+        child = self.served.open(len(told.keys))
+        self.served.finish(ImportPast(child, past))
+        self.told[child] = Told(told.keys, told.values, 1)
 
     @rule(number=picks, at=st.lists(picks, min_size=3, max_size=3))
     def truncate(self, number: int, at: list[int]) -> None:
