@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import MultiheadAttention as TorchMultiheadAttention
 
-from engine.attention.dense import DenseView, Past, check_lengths
+from engine.attention.dense import DenseView, Past, check_lengths, check_past, check_shapes
 from engine.attention.mask import hiding
-from engine.compat.convert import from_torch
+from engine.compat.convert import QKV, from_torch
 from engine.errors import InvalidInput
 from engine.layers import MultiHeadAttention
 
@@ -21,13 +21,13 @@ class MultiheadAttention(TorchMultiheadAttention):
         first ones count); default: past.length + S.
     """
 
-    def empty_past(self, batch_size: int, length: int) -> Past:
-        """A past of no positions with room for `length`, in the layer's dtype and on its device: key
-        (N, heads, head_dim, length), value (N, heads, length, head_dim)."""
-        like = self.out_proj.weight.detach()
+    def empty_past(self, batch_size: int, slots: int, dtype: torch.dtype | None = None) -> Past:
+        """A past of no positions with room for `slots`, on the layer's device, in its dtype if none is given: key
+        (N, heads, head_dim, slots), value (N, heads, slots, head_dim)."""
+        like, heads, size = self.out_proj.weight.detach(), self.num_heads, self.head_dim
         return Past(
-            key=like.new_zeros(batch_size, self.num_heads, self.head_dim, length),
-            value=like.new_zeros(batch_size, self.num_heads, length, self.head_dim),
+            key=like.new_zeros(batch_size, heads, size, slots, dtype=dtype),
+            value=like.new_zeros(batch_size, heads, slots, size, dtype=dtype),
             length=torch.zeros(batch_size, dtype=torch.int32, device=like.device),
         )
 
@@ -62,8 +62,7 @@ class MultiheadAttention(TorchMultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        q, k, v = self._rows(query, key, value, past)
-        check_lengths(past, k.shape[1], batch_valid_length)
+        q, k, v = self._rows(query, key, value, past, batch_valid_length)
         view = DenseView(
             bias=self._bias(attn_mask, key_padding_mask, q.shape[1], past),
             past=past,
@@ -99,49 +98,35 @@ class MultiheadAttention(TorchMultiheadAttention):
                 compute_dtype=dtype,
                 softmax_dtype=torch.promote_types(dtype, torch.float32),
             ).train(self.training)
-        names = (
-            "in_proj_weight",
-            "q_proj_weight",
-            "k_proj_weight",
-            "v_proj_weight",
-            "in_proj_bias",
-            "bias_k",
-            "bias_v",
-        )
+        names = [f"{name}_weight" for name in ("in_proj", *QKV)] + ["in_proj_bias", "bias_k", "bias_v"]
         own = {name: getattr(self, name) for name in names}
         own |= {"out_proj.weight": self.out_proj.weight, "out_proj.bias": self.out_proj.bias}
         weights = from_torch({name: tensor for name, tensor in own.items() if tensor is not None})
         out: Tensor = torch.func.functional_call(core, weights, (query, key, value, view))
         return out
 
-    def _rows(self, query: Tensor, key: Tensor | None, value: Tensor | None, past: Past) -> list[Tensor]:
+    def _rows(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, past: Past, valid_length: Tensor | None
+    ) -> list[Tensor]:
         """query (N, L, E), key (N, S, kdim), value (N, S, vdim), whatever the caller's layout; none is S = 0."""
         if (key is None) != (value is None):
             raise InvalidInput("value" if value is None else "key", "key and value come together, or not at all")
-        batch, heads, head_dim, _ = past.key.shape
-        if (heads, head_dim) != (self.num_heads, self.head_dim):
-            raise InvalidInput(
-                "past", f"must have {self.num_heads} heads of {self.head_dim}, got {heads} of {head_dim}"
-            )
-        dtype, rank, found = self.out_proj.weight.dtype, query.dim(), []
-        given = (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim))
-        for name, tensor, width in given:
+        widths, dtype = (self.embed_dim, self.kdim, self.vdim), self.out_proj.weight.dtype
+        rows: list[Tensor] = []
+        for name, tensor, width in zip(("query", "key", "value"), (query, key, value), widths, strict=True):
             if tensor is None:
-                found.append(query.new_empty(batch, 0, width))
+                rows.append(rows[0].new_empty(rows[0].shape[0], 0, width))
                 continue
-            if rank not in (2, 3) or tensor.dim() != rank:
+            if query.dim() not in (2, 3) or tensor.dim() != query.dim():
                 raise InvalidInput(name, f"query, key and value must be all 3-D or all 2-D, got {tuple(tensor.shape)}")
             if tensor.dtype != dtype and not torch.is_autocast_enabled(tensor.device.type):
                 raise InvalidInput(name, f"must have the layer's dtype {dtype}, got {tensor.dtype}")
-            rows = tensor[None] if rank == 2 else tensor if self.batch_first else tensor.transpose(0, 1)
-            if rows.shape[0] != batch or rows.shape[2] != width:
-                raise InvalidInput(
-                    name, f"must be {batch} rows, as the past, of width {width}, got {tuple(tensor.shape)}"
-                )
-            found.append(rows)
-        if found[1].shape[1] != found[2].shape[1]:
-            raise InvalidInput("value", f"must have the key's {found[1].shape[1]} positions, got {found[2].shape[1]}")
-        return found
+            rows.append(tensor[None] if tensor.dim() == 2 else tensor if self.batch_first else tensor.transpose(0, 1))
+        q, k, v = rows
+        check_shapes(widths, q, k, v, past, valid_length)
+        check_past(past, q.shape[0], self.num_heads, self.head_dim)
+        check_lengths(past, k.shape[1], valid_length)
+        return rows
 
     def _bias(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, n: int, past: Past) -> Tensor | None:
         """Both masks together, as what is added to scores: it broadcasts to (N, heads, n, T)."""

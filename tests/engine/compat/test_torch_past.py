@@ -225,8 +225,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"value": None}, "value", "come together"),
     ({"key": None}, "key", "come together"),
     ({"key": X[0]}, "key", "all 3-D or all 2-D"),
-    ({"query": X[:, :, :7]}, "query", "2 rows, as the past, of width 8"),
-    ({"key": X[:1]}, "key", "2 rows, as the past"),
+    ({"query": X[:, :, :7]}, "query", r"\(B, n, 8\) with the query's B, got \(2, 3, 7\)"),
+    ({"key": X[:1]}, "key", r"the query's B, got \(1, 3, 8\)"),
     ({"query": X[None]}, "query", "all 3-D or all 2-D"),
     ({"value": X[:, :2]}, "value", "the key's 3 positions, got 2"),
     ({"query": X.half()}, "query", "the layer's dtype torch.float32, got torch.float16"),
@@ -247,7 +247,7 @@ def test_a_wrong_argument_is_refused_by_name(change: dict[str, Any], field: str,
 
 
 def test_a_past_of_another_layer_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="past: must have 2 heads of 4, got 4 of 2"):
+    with pytest.raises(InvalidInput, match=r"past: its key .* must be \(2, 2, 4, 5\), got \(2, 4, 2, 5\)"):
         small()(X, X, X, past=MultiheadAttention(SIZE, 4).empty_past(2, 5))
 
 
