@@ -1,6 +1,7 @@
 """The model kinds: the only place where one is named. A kind turns the text after NAME= into a model on its device.
 
-attention[:hidden=512,heads=8,weights=FILE,...]     one MultiHeadAttention layer
+attention[:hidden=512,heads=8,weights=FILE,...]     one MultiHeadAttention layer: kv_heads, head_dim, kdim, vdim, bias,
+                                                    add_bias_kv, add_zero_attn, rotary, seed, max_length, dtype
 DIRECTORY | FILE.gguf | hf:ORG/NAME | default       a decoder; `default` is the model that keypast comes with
 """
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.attention.base import Rotary
 from engine.attention.view import PagedView
 from engine.batch import Array, Row, RowResult
 from engine.errors import InvalidInput
@@ -50,16 +51,17 @@ def attention_spec(
 
 
 class AttentionModel(nn.Module):
-    def __init__(self, spec: ModelSpec, layer: MultiHeadAttention) -> None:
+    def __init__(self, spec: ModelSpec, layer: MultiHeadAttention, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.layer = layer
+        self.rotary = rotary
 
     def pack(self) -> None:
         self.layer.pack(self_attention=False)
 
     def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
-        out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv)
+        out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv, rotary=self.rotary)
         return out
 
     def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:

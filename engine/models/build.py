@@ -6,51 +6,76 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.attention.base import Rotary
 from engine.checkpoints.config import DecoderConfig
 from engine.checkpoints.gguf import convert, default_model
 from engine.checkpoints.weights import Checkpoint, fetch_hub
+from engine.compat.convert import read
 from engine.errors import InvalidInput
 from engine.layers import MultiHeadAttention
 from engine.models.attention import AttentionModel, attention_spec
 from engine.models.base import LoadedModel, LoadOptions, Progress
 from engine.models.decoder import DecoderModel, decoder_spec
-from engine.models.rotary import rotary_tables
+from engine.models.options import AttentionOptions
+from engine.models.rotary import plain_tables, rotary_tables
 from engine.text import Tokenizer
-
-ATTENTION_OPTIONS = {"hidden": "512", "heads": "8", "weights": "", "seed": "0", "max_length": "32768", "dtype": "auto"}
 
 
 def build_attention(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
-    """`attention:hidden=512,heads=8,weights=FILE,seed=0,max_length=32768,dtype=auto`, each optional.
+    """`attention:OPTION=VALUE,...`, each optional:
 
-    The file is safetensors with {q,k,v,o}_proj.weight (hidden, hidden) stored [out, in] and .bias (hidden,); without
-    one, weights are drawn from the seed.
+    hidden=512        width of query and output
+    heads=8           of the query
+    kv_heads=heads    of key and value: each serves heads / kv_heads of the query's
+    head_dim=         width of one head; hidden / heads if not given
+    kdim=hidden       width of key
+    vdim=hidden       width of value
+    bias=1            0: no projection has a bias
+    add_bias_kv=0     1: one learnt key and value more, which every query sees
+    add_zero_attn=0   1: one key and value of zeros more
+    rotary=0          theta: queries and keys are rotated by their positions, as two halves of a head
+    weights=FILE      safetensors in our names, torch's or MindSpore's (see engine.compat.convert)
+    seed=0            without a file weights are drawn from it
+    max_length=32768  positions of a session
+    dtype=auto        of the weights
+
+    Raises InvalidInput naming the option.
     """
-    given = _parse_options(spec)
-    hidden, heads = _positive(given, "hidden"), _positive(given, "heads")
-    if hidden % heads:
-        raise InvalidInput("hidden", f"must be a multiple of heads, got {hidden} and {heads}")
-    if given["dtype"] != "auto":
-        options = dataclasses.replace(options, dtype=given["dtype"])
+    given = AttentionOptions.parse(spec)
+    if given.dtype != "auto":
+        options = dataclasses.replace(options, dtype=given.dtype)
     device, dtype = options.resolve()
     with torch.device("meta"):
-        layer = MultiHeadAttention(hidden, heads, compute_dtype=dtype)
-    if given["weights"]:
-        progress(f"{name}: reading {given['weights']}")
-        tensors = _read_weights(Path(given["weights"]), layer)
+        layer = MultiHeadAttention(
+            given.hidden,
+            given.heads,
+            kv_heads=given.kv_heads,
+            head_dim=given.head_dim,
+            kdim=given.kdim,
+            vdim=given.vdim,
+            qkv_bias=given.bias,
+            output_bias=given.bias,
+            bias_kv=given.add_bias_kv,
+            zero_attn=given.add_zero_attn,
+            compute_dtype=dtype,
+        )
+    if given.weights is not None:
+        progress(f"{name}: reading {given.weights}")
+        tensors = _read_weights(given.weights, layer)
     else:
-        tensors = _seeded_weights(layer, _integer(given, "seed"))
-    fingerprint = _digest(tensors)
+        tensors = _seeded_weights(layer, given.seed)
+    fingerprint = _fingerprint(tensors, given)
     layer.load_state_dict({key: tensor.to(device, dtype) for key, tensor in tensors.items()}, assign=True)
-    max_length = _positive(given, "max_length")
-    model = AttentionModel(
-        attention_spec(name, layer, kv_dtype=options.kv_dtype, max_length=max_length, fingerprint=fingerprint), layer
+    rotary = None
+    if given.rotary:
+        with torch.device(device):
+            rotary = Rotary(*plain_tables(given.rotary, given.head_dim, given.max_length))
+    described = attention_spec(
+        name, layer, kv_dtype=options.kv_dtype, max_length=given.max_length, fingerprint=fingerprint
     )
+    model = AttentionModel(described, layer, rotary)
     model.requires_grad_(False).eval()
     model.pack()
     return LoadedModel(model, None)
@@ -109,40 +134,14 @@ def _directory(spec: str, cache_dir: Path, progress: Progress) -> Path:
     )
 
 
-def _parse_options(spec: str) -> dict[str, str]:
-    options = dict(ATTENTION_OPTIONS)
-    for part in filter(None, spec.partition(":")[2].split(",")):
-        key, equals, value = part.partition("=")
-        if key not in options or not equals:
-            raise InvalidInput("model", f"{part!r} is not one of {', '.join(f'{name}=' for name in options)}")
-        options[key] = value
-    return options
-
-
-def _integer(options: Mapping[str, str], key: str) -> int:
-    try:
-        return int(options[key])
-    except ValueError:
-        raise InvalidInput(key, f"must be an integer, got {options[key]!r}") from None
-
-
-def _positive(options: Mapping[str, str], key: str) -> int:
-    value = _integer(options, key)
-    if not 1 <= value <= 2**24:
-        raise InvalidInput(key, f"must be 1 to {2**24}, got {value}")
-    return value
-
-
 def _read_weights(path: Path, layer: MultiHeadAttention) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidInput("weights", f"cannot read {path}: {error}") from error
+    tensors = read(path)
     expected = {key: tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
-    for key in expected.keys() | tensors.keys():
+    for key in sorted(expected.keys() | tensors.keys()):
         got = tuple(tensors[key].shape) if key in tensors else "nothing"
         if expected.get(key) != got:
-            raise InvalidInput("weights", f"{key} must be {expected.get(key, 'absent')}, the file has {got}")
+            wanted = expected.get(key, "absent")
+            raise InvalidInput("weights", f"{key} must be {wanted} by the other options, {path} has {got}")
     return tensors
 
 
@@ -156,10 +155,15 @@ def _seeded_weights(layer: MultiHeadAttention, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def _fingerprint(tensors: Mapping[str, Tensor], options: AttentionOptions) -> str:
+    """Of the weights, and of what changes the numbers without one."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].contiguous()
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    if options.rotary:
+        digest.update(f"rotary {options.rotary}\n".encode())
+    if options.add_zero_attn:
+        digest.update(b"add_zero_attn\n")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The rotary tables of a decoder: every supported rope scaling as one pair of fixed cos and sin tables.
+"""Rotary tables: a decoder's every supported rope scaling as one pair of fixed cos and sin tables, and plain ones.
 
 The order of operations is that of transformers 5.23 (`modeling_rope_utils.py`, the tests' oracle): float32 agrees.
 """
@@ -18,16 +18,29 @@ def rotary_tables(config: DecoderConfig, length: int | None = None) -> tuple[tor
     """
     if config.positions != "rotary":
         raise InvalidInput("positions", f"{config.architecture} has learned positions, no rotary tables")
-    positions = torch.arange(config.max_length if length is None else length, dtype=torch.float32)
-    angles = positions[:, None] * _frequencies(config)[None, :]
+    angles = _angles(_frequencies(config), config.max_length if length is None else length)
     factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
     return angles.cos() * factor, angles.sin() * factor
+
+
+def plain_tables(theta: float, head_dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin without any scaling, float32 [length, head_dim / 2]."""
+    angles = _angles(1.0 / _powers(theta, head_dim), length)
+    return angles.cos(), angles.sin()
+
+
+def _angles(frequencies: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.arange(length, dtype=torch.float32)[:, None] * frequencies[None, :]
+
+
+def _powers(theta: float, head_dim: int) -> torch.Tensor:
+    return theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
 def _frequencies(config: DecoderConfig) -> torch.Tensor:
     """Radians per position, [head_dim / 2]."""
     scaling = config.rope_scaling
-    powers = config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    powers = _powers(config.rope_theta, config.head_dim)
     if scaling is None:
         return 1.0 / powers
     if scaling.kind == "linear":
