@@ -19,6 +19,7 @@ from engine.models.attention import AttentionModel
 from engine.models.base import LoadOptions
 from engine.runner import ModelRunner
 from tests.engine.attending import attend_in_full, random_layer, rotary_tables
+from tests.engine.compat import three_namings
 from tests.engine.models import CACHE, Served, backend
 
 HIDDEN, HEADS = 24, 3
@@ -203,6 +204,23 @@ def test_float16_on_the_cpu_is_packed_and_as_exact_as_float16() -> None:
         got = ours(x)
         assert got.dtype == torch.float16
         torch.testing.assert_close(got.double(), exact, atol=1e-4, rtol=2**-11 * 1.01)
+
+
+@pytest.mark.parametrize("backend_name", BACKENDS)
+def test_three_namings_are_one_layer_in_float16(tmp_path: Path, backend_name: str) -> None:
+    layer, inputs = three_namings.trained_layer(), three_namings.sequences(2, 20)
+    expected, got = three_namings.whole(layer, inputs), []
+    for path in three_namings.save_three(layer, tmp_path).values():
+        spec = f"attention:hidden={three_namings.SIZE},heads={three_namings.HEADS},weights={path}"
+        served = serve(spec, backend_name, dtype="float16", kv_dtype="float16")
+        session = served.open(2)
+        first = {name: array[:, :12] for name, array in inputs.items()}
+        results = [served.append(session, {**first, "attention_mask": three_namings.causal(2, 12)})]
+        steps = ({name: array[:, at : at + 1] for name, array in inputs.items()} for at in range(12, 20))
+        results.extend(served.append(session, step, step=True) for step in steps)
+        got.append(np.concatenate([result.outputs["attn_out"] for result in results], axis=1))
+        assert (np.abs(got[-1] - expected) / np.maximum(1, np.abs(expected))).max() < 1e-2
+        np.testing.assert_array_equal(got[-1], got[0])
 
 
 def test_a_card_tells_the_widths() -> None:
