@@ -23,8 +23,15 @@ MASK_DTYPES = ("float16", "float32", "bool", "uint8", "int32", "int64")
 
 
 def attention_spec(
-    name: str, layer: MultiHeadAttention, *, kv_dtype: str, max_length: int, fingerprint: str
+    name: str,
+    layer: MultiHeadAttention,
+    *,
+    kv_dtype: str,
+    max_length: int,
+    fingerprint: str,
+    aligned: bool = False,
 ) -> ModelSpec:
+    """`aligned`: with rotary tables."""
     hidden_size = layer.o_proj.out_features
     query = TensorSpec("query", INPUT_DTYPES, (layer.q_proj.in_features,))
     key = TensorSpec("key", INPUT_DTYPES, (layer.k_proj.in_features,), axis="m")
@@ -47,6 +54,7 @@ def attention_spec(
         device=weight.device.type,
         fingerprint=fingerprint,
         appends="m",
+        aligned=aligned,
     )
 
 

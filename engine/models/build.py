@@ -73,7 +73,12 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
         with torch.device(device):
             rotary = Rotary(*plain_tables(given.rotary, given.head_dim, given.max_length))
     described = attention_spec(
-        name, layer, kv_dtype=options.kv_dtype, max_length=given.max_length, fingerprint=fingerprint
+        name,
+        layer,
+        kv_dtype=options.kv_dtype,
+        max_length=given.max_length,
+        fingerprint=fingerprint,
+        aligned=rotary is not None,
     )
     model = AttentionModel(described, layer, rotary)
     model.requires_grad_(False).eval()

@@ -1,6 +1,5 @@
 """The attention kind against torch's own MultiheadAttention, and its masks."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.attention.base import Rotary
-from engine.attention.view import PagedView
 from engine.batch import Truncate, Want
 from engine.errors import InvalidInput
 from engine.layers import MultiHeadAttention
@@ -21,7 +19,6 @@ from engine.models import build
 from engine.models.attention import AttentionModel, attention_spec
 from engine.models.base import LoadOptions
 from engine.runner import ModelRunner
-from engine.specs import ModelSpec
 from tests.engine.models import CACHE, Served, backend
 
 HIDDEN, HEADS = 24, 3
@@ -218,26 +215,14 @@ def test_a_fork_of_a_cross_session_shares_its_keys(layer: Served) -> None:
     assert info.blocks == info.shared_blocks
 
 
-class Turning(AttentionModel):
-    """A layer whose queries and keys are turned by position."""
-
-    def __init__(self, spec: ModelSpec, layer: MultiHeadAttention, rotary: Rotary) -> None:
-        super().__init__(dataclasses.replace(spec, aligned=True), layer)
-        self.rotary = rotary
-
-    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
-        out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv, rotary=self.rotary)
-        return out
-
-
 @pytest.mark.parametrize("backend_name", ["cpu", "sdpa"])
 def test_padding_of_a_layer_that_turns_by_position(backend_name: str) -> None:
     """Rows of 10 and 1 positions, then 2 and 3 more of the 4 given: padding would stand beyond the longest length."""
     torch.manual_seed(5)
     layer = MultiHeadAttention(HIDDEN, HEADS, compute_dtype=torch.float32).requires_grad_(False).eval()
     rotary = Rotary(*torch.randn(2, 12, HIDDEN // HEADS // 2).unbind(0))
-    spec = attention_spec("turning", layer, kv_dtype="float32", max_length=12, fingerprint="")
-    served = Served(ModelRunner(Turning(spec, layer, rotary), backend(backend_name), 20, 16))
+    spec = attention_spec("turning", layer, kv_dtype="float32", max_length=12, fingerprint="", aligned=True)
+    served = Served(ModelRunner(AttentionModel(spec, layer, rotary), backend(backend_name), 20, 16))
     session, inputs = served.open(2), tensors(2, 14)
     for start, stop, lengths in ((0, 10, [10, 1]), (10, 14, [12, 4])):
         chunk = {name: array[:, start:stop] for name, array in inputs.items()}

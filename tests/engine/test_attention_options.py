@@ -248,6 +248,16 @@ def test_another_width_is_refused_by_name(name: str, width: int) -> None:
     assert caught.value.field == name
 
 
+def test_a_rotating_layer_needs_a_query_a_key() -> None:
+    served = serve(f"attention:hidden={HIDDEN},heads=3,rotary=100")
+    x = numbers(0, 1, 2, HIDDEN)
+    session = served.open()
+    mask = np.ones((1, 2, 1), np.float32)
+    for inputs in ({"key": x, "value": x}, {"query": x, "key": x[:, :1], "value": x[:, :1], "attention_mask": mask}):
+        with pytest.raises(InvalidInput, match="as many of both"):
+            served.append(session, inputs)
+
+
 def test_what_changes_the_numbers_changes_the_fingerprint() -> None:
     specs = [
         "",
