@@ -12,6 +12,7 @@ class EngineConfig:
     token_budget: int = 512  # new positions of one batch; a longer causal append runs in chunks of at most this
     max_waiting: int = 4096  # appends waiting in the engine
     max_waiting_per_session: int = 16
+    gather_share: float = 0.5  # of a batch's time that the next may wait for those who stepped in it; 0: never
     wait_seconds: float = 30.0  # an append that got no blocks by then is refused
     max_sessions: int = 65536
     tombstones: int = 65536  # gone sessions that still answer 410
@@ -19,5 +20,5 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) <= 0:
+            if name != "gather_share" and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -44,6 +44,7 @@ from engine.errors import (
     SessionGone,
     WrongState,
 )
+from engine.gather import Gather
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
@@ -81,6 +82,7 @@ class Runner(Protocol):
 class _Served:
     runner: Runner
     scheduler: Scheduler
+    gather: Gather
 
     @property
     def spec(self) -> ModelSpec:
@@ -104,7 +106,7 @@ class Engine:
         self._served: dict[str, _Served] = {}
         for runner in runners:
             scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
-            self._served[runner.spec.name] = _Served(runner, scheduler)
+            self._served[runner.spec.name] = _Served(runner, scheduler, Gather(config.gather_share))
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -222,7 +224,8 @@ class Engine:
             session.waiting.append(operation)
             self._store.touch(session)
             self._advance(session)
-            self._tell()
+            if self._held_until(self._served[session.model]) is None:
+                self._tell()
 
     def run_once(self) -> bool:
         """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run."""
@@ -232,6 +235,8 @@ class Engine:
         for served in self._served.values():
             with self._lock:
                 self._sweep(served)
+                if self._held_until(served) is not None:
+                    continue
                 batch = served.scheduler.schedule(self._clock())
                 if batch is None:
                     continue
@@ -250,10 +255,13 @@ class Engine:
             deadlines = [session.expires_at for session in self._store if session.expires_at is not None]
             for served in self._served.values():
                 deadlines.extend(served.scheduler.deadlines(self.config.wait_seconds))
+            waits = [] if timeout is None else [timeout]
             if deadlines:
-                first = max(0.0, min(deadlines) - self._clock()) + 0.001
-                timeout = first if timeout is None else min(first, timeout)
-            self._news.wait(timeout)
+                waits.append(max(0.0, min(deadlines) - self._clock()) + 0.001)
+            held = [until for served in self._served.values() if (until := self._held_until(served)) is not None]
+            if held:
+                waits.append(max(0.0, min(held) - self._clock()))
+            self._news.wait(min(waits) if waits else None)
 
     def stop(self) -> None:
         """Refuses new work from now on. What runs or waits still ends; call `run_once` until `idle`."""
@@ -294,7 +302,7 @@ class Engine:
     # What runs.
 
     def _run(self, served: _Served, batch: Batch) -> None:
-        started = time.perf_counter()
+        began, started = self._clock(), time.perf_counter()
         error: Exception | None = None
         results: list[RowResult] = []
         try:
@@ -304,6 +312,7 @@ class Engine:
         elapsed_ms = (time.perf_counter() - started) * 1e3
         with self._lock:
             self._has_news = True
+            served.gather.ran(batch, began, self._clock())
             for work in batch.works:
                 work.compute_ms += elapsed_ms
             if error is None:
@@ -538,6 +547,9 @@ class Engine:
             if operation.max_tokens < 1:
                 raise InvalidInput("max_tokens", f"must be at least 1, got {operation.max_tokens}")
             check_want(spec, Want(sample=operation.sample))
+
+    def _held_until(self, served: _Served) -> float | None:
+        return served.gather.hold_until(served.scheduler.works(), self._clock())
 
     def _pop(self, session: Session) -> Operation:
         self._waiting -= 1

@@ -1,0 +1,45 @@
+"""Whether to wait a moment for those who were in the last batch: their next step is on its way.
+
+Clients that step by one request each come back some tenths of a millisecond after their replies, one after another. An
+engine that takes what is there at once serves the first of them alone and the others in the next batch: everyone then
+waits for two batches a step. So a batch waits until all that stepped in the last one are back, but no longer than is
+worth it: `share` of the last batch's time, scaled by how many of those it could serve are missing. Who does not come is
+not waited for again until it has been in a batch.
+"""
+
+from collections.abc import Collection
+
+from engine.batch import Batch, Work
+from engine.session import Session, SessionState
+
+
+class Gather:
+    """`share` 0 never waits."""
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._expected: set[Session] = set()
+        self._ended = 0.0
+        self._took = 0.0
+
+    def ran(self, batch: Batch, started: float, ended: float) -> None:
+        """Notes who may be back soon: rows that a client steps by its own requests."""
+        self._expected = {work.session for work in batch.works if _is_step(work)} if self._share else set()
+        self._ended, self._took = ended, ended - started
+
+    def hold_until(self, queue: Collection[Work], now: float) -> float | None:
+        """Till when `queue` should wait for more, or None: run it."""
+        if not self._expected or not queue:
+            return None
+        missing = sum(session.state is not SessionState.CLOSED for session in self._expected)
+        missing -= len({work.session for work in queue} & self._expected)
+        if missing:
+            until = self._ended + self._took * self._share * missing / (missing + len(queue))
+            if now < until:
+                return until
+        self._expected = set()
+        return None
+
+
+def _is_step(work: Work) -> bool:
+    return work.future is not None and max(work.new) == 1

@@ -1,0 +1,107 @@
+"""Whether a batch waits for those who stepped in the last one, with a clock that is told the time."""
+
+import numpy as np
+
+from engine.batch import Append, Batch, RowResult
+from engine.config import EngineConfig
+from engine.engine import Engine
+from tests.fakes import FakeClock, FakeRunner
+
+STEP = 0.016  # seconds that every batch takes
+
+
+class TimedRunner(FakeRunner):
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__(blocks=100)
+        self._clock = clock
+
+    def run(self, batch: Batch) -> list[RowResult]:
+        self._clock.now += STEP
+        return super().run(batch)
+
+
+class Clients:
+    def __init__(self, count: int, **config: float) -> None:
+        self.clock = FakeClock()
+        self.runner = TimedRunner(self.clock)
+        self.engine = Engine([self.runner], EngineConfig(**config), self.clock)  # type: ignore[arg-type]
+        self.ids = [self.engine.create_session("decoder").id for _ in range(count)]
+        for session in self.ids:
+            self.append(session, 3)
+        self.engine.run_once()
+        for session in self.ids:
+            self.step(session)
+        self.engine.run_once()
+
+    def append(self, session: str, n: int) -> Append:
+        append = Append(session, {"token_ids": np.ones((1, n), dtype=np.int64)})
+        self.engine.submit(append)
+        return append
+
+    def step(self, session: str) -> Append:
+        return self.append(session, 1)
+
+    @property
+    def last_batch(self) -> int:
+        return len(self.runner.batches[-1])
+
+
+def test_a_batch_waits_for_all_that_stepped_in_the_last_one() -> None:
+    clients = Clients(4)
+    for session in clients.ids[:3]:
+        clients.step(session)
+        assert not clients.engine.run_once()
+    clients.step(clients.ids[3])
+    assert clients.engine.run_once()
+    assert clients.last_batch == 4
+
+
+def test_it_waits_no_longer_than_it_is_worth() -> None:
+    clients = Clients(4)
+    step = clients.step(clients.ids[0])
+    clients.clock.now += 0.5 * STEP * 3 / 4 - 1e-6
+    assert not clients.engine.run_once()
+    clients.clock.now += 2e-6
+    assert clients.engine.run_once()
+    assert clients.last_batch == 1
+    assert step.future.done()
+
+
+def test_who_did_not_come_is_not_waited_for_again() -> None:
+    clients = Clients(2)
+    clients.step(clients.ids[0])
+    clients.clock.now += STEP
+    clients.engine.run_once()
+    clients.step(clients.ids[0])
+    assert clients.engine.run_once()
+
+
+def test_a_deleted_session_is_not_waited_for() -> None:
+    clients = Clients(2)
+    clients.engine.delete_session(clients.ids[1])
+    clients.step(clients.ids[0])
+    assert clients.engine.run_once()
+
+
+def test_nobody_waits_for_a_prefill_or_when_the_share_is_0() -> None:
+    clients = Clients(2)
+    for session in clients.ids:
+        clients.append(session, 5)
+    clients.engine.run_once()
+    clients.step(clients.ids[0])
+    assert clients.engine.run_once()
+
+    clients = Clients(2, gather_share=0)
+    clients.step(clients.ids[0])
+    assert clients.engine.run_once()
+
+
+def test_waiting_ends_by_itself_and_by_the_last_who_comes() -> None:
+    clients = Clients(2)
+    clients.step(clients.ids[0])
+    assert not clients.engine.run_once()
+    clients.engine.wait()  # returns: it knows until when the step is held
+    clients.step(clients.ids[1])
+    clients.engine.wait()
+    assert clients.engine.run_once()
+    assert clients.last_batch == 2
