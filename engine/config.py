@@ -12,7 +12,7 @@ class EngineConfig:
     token_budget: int = 512  # new positions of one batch; a longer causal append runs in chunks of at most this
     max_waiting: int = 4096  # appends waiting in the engine
     max_waiting_per_session: int = 16
-    gather_share: float = 0.5  # of a batch's time that the next may wait for those who stepped in it; 0: never
+    gather_share: float = 0.0  # of a batch's time that the next may wait for those who stepped in it
     wait_seconds: float = 30.0  # an append that got no blocks by then is refused
     max_sessions: int = 65536
     tombstones: int = 65536  # gone sessions that still answer 410

@@ -228,7 +228,7 @@ class Engine:
                 self._tell()
 
     def run_once(self) -> bool:
-        """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run."""
+        """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run yet."""
         ran = False
         with self._lock:
             self._has_news = False

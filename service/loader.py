@@ -35,6 +35,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         token_budget=settings.token_budget,
         max_waiting=settings.max_waiting,
         max_waiting_per_session=settings.max_waiting_per_session,
+        gather_share=settings.gather_share,
         wait_seconds=settings.wait_seconds,
         max_sessions=settings.max_sessions,
     )

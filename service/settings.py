@@ -51,6 +51,12 @@ class Settings(BaseSettings):
         default=512, ge=1, description="new positions of one batch; longer prefills run in chunks"
     )
     max_rows: int = Field(default=256, ge=1, description="rows of one batch")
+    gather_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=10,
+        description="of a batch's time that the next may wait for the sessions stepped in it, scaled by how many are away",
+    )
     max_sessions: int = Field(default=65536, ge=1, description="sessions at a time")
     max_waiting: int = Field(default=4096, ge=1, description="appends that may wait in all; more are refused (429)")
     max_waiting_per_session: int = Field(default=16, ge=1, description="appends that may wait on one session")

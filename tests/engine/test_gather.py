@@ -21,10 +21,10 @@ class TimedRunner(FakeRunner):
 
 
 class Clients:
-    def __init__(self, count: int, **config: float) -> None:
+    def __init__(self, count: int, share: float = 0.5) -> None:
         self.clock = FakeClock()
         self.runner = TimedRunner(self.clock)
-        self.engine = Engine([self.runner], EngineConfig(**config), self.clock)  # type: ignore[arg-type]
+        self.engine = Engine([self.runner], EngineConfig(gather_share=share), self.clock)
         self.ids = [self.engine.create_session("decoder").id for _ in range(count)]
         for session in self.ids:
             self.append(session, 3)
@@ -91,7 +91,7 @@ def test_nobody_waits_for_a_prefill_or_when_the_share_is_0() -> None:
     clients.step(clients.ids[0])
     assert clients.engine.run_once()
 
-    clients = Clients(2, gather_share=0)
+    clients = Clients(2, share=0)
     clients.step(clients.ids[0])
     assert clients.engine.run_once()
 
