@@ -55,7 +55,7 @@ class Settings(BaseSettings):
         default=0.5,
         ge=0,
         le=10,
-        description="of a batch's time that the next may wait for the sessions stepped in it, scaled by how many are away",
+        description="share of a batch's time that the next may wait for the sessions that stepped in it",
     )
     max_sessions: int = Field(default=65536, ge=1, description="sessions at a time")
     max_waiting: int = Field(default=4096, ge=1, description="appends that may wait in all; more are refused (429)")
