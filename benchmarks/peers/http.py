@@ -14,7 +14,7 @@ class Connection:
         self.port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def call(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401
+    async def call(self, method: str, path: str, body: object = None) -> Any:
         """The reply's JSON."""
         length = await self._send(method, path, body)
         assert length is not None, f"{path} does not say how long its reply is"

@@ -1,0 +1,153 @@
+"""What HTTP costs: one request a step, against the engine alone and against a route that does nothing.
+
+    overhead    a step of the raw layer, binary, 1 connection: the request's time less the engine's, against
+                the same number of bytes echoed by a FastAPI route and by a bare ASGI app
+    steps       decoder steps a second at 16 and 64 connections, each stepping its own session, against the same engine
+                in process stepping as many sessions in one batch
+
+The client is raw sockets in this process; server and client share the machine's cores. Bounds: the other side.
+
+    python -m benchmarks.http_load [--rounds 5] [--seconds 3] [--save]
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from functools import partial
+
+import numpy as np
+
+from benchmarks.peers.compare import HEADER, Pairs, interleave, report
+from benchmarks.peers.http import Connection
+from benchmarks.peers.ours import OurEngine
+from benchmarks.peers.servers import Keypast, Process, free_port, prompt
+from keypast.wire import dump_tensors
+
+HIDDEN, CONTEXT, CALLS = 512, 256, 400
+CONNECTIONS = (16, 64)
+
+
+class Raw:
+    """One request again and again over one keep-alive connection."""
+
+    def __init__(self, port: int, path: str, body: bytes, content_type: str) -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: l\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._port, self._request = port, head.encode() + body
+
+    async def __aenter__(self) -> "Raw":
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._writer.close()
+
+    async def call(self) -> dict[bytes, bytes]:
+        """The reply's headers."""
+        self._writer.write(self._request)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        status, *lines = head[:-4].split(b"\r\n")
+        assert status.startswith(b"HTTP/1.1 200"), head
+        headers = dict(line.lower().split(b": ", 1) for line in lines)
+        await self._reader.readexactly(int(headers[b"content-length"]))
+        return headers
+
+
+async def open_session(port: int, model: str) -> tuple[Connection, str]:
+    connection = Connection(port)
+    created = await connection.call("POST", "/v1/sessions", {"model": model})
+    return connection, f"/v1/sessions/{created['id']}"
+
+
+async def layer_overhead_ms(port: int) -> float:
+    """Median over steps of the raw layer, as safetensors, of what the engine did not take."""
+    connection, session = await open_session(port, "layer")
+    body = dump_tensors({name: np.ones((1, 1, HIDDEN), np.float16) for name in ("query", "key", "value")}, {})
+    one = {"dtype": "float16", "shape": [1, 1, HIDDEN], "data": [1.0] * HIDDEN}
+    mask = {"dtype": "uint8", "shape": [1, 1, 1], "data": [1]}
+    await connection.call(
+        "POST", f"{session}/prefill", {"query": one, "key": one, "value": one, "attention_mask": mask}
+    )
+    times = []
+    async with Raw(port, f"{session}/step", body, "application/vnd.safetensors") as raw:
+        for _ in range(CALLS):
+            started = time.perf_counter()
+            headers = await raw.call()
+            elapsed = (time.perf_counter() - started) * 1e3
+            times.append(elapsed - float(headers[b"keypast-compute-ms"]))
+    await connection.call("DELETE", session)
+    await connection.close()
+    return statistics.median(times)
+
+
+async def echo_ms(port: int, size: int) -> float:
+    times = []
+    async with Raw(port, "/echo", b"x" * size, "application/octet-stream") as raw:
+        for _ in range(CALLS):
+            started = time.perf_counter()
+            await raw.call()
+            times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+async def steps_a_second(port: int, connections: int, seconds: float) -> float:
+    """Every connection steps its own session as fast as replies come."""
+    opened = [await open_session(port, "model") for _ in range(connections)]
+    for index, (connection, session) in enumerate(opened):
+        await connection.call("POST", f"{session}/prefill", {"token_ids": [prompt(index, CONTEXT)]})
+    body = b'{"token_ids":[[7]],"sample":{"temperature":0}}'
+    until = time.perf_counter() + seconds
+
+    async def drive(session: str) -> int:
+        done = 0
+        async with Raw(port, f"{session}/step", body, "application/json") as raw:
+            while time.perf_counter() < until:
+                await raw.call()
+                done += 1
+        return done
+
+    started = time.perf_counter()
+    done = sum(await asyncio.gather(*(drive(session) for _, session in opened)))
+    rate = done / (time.perf_counter() - started)
+    for connection, session in opened:
+        await connection.call("DELETE", session)
+        await connection.close()
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    engine = OurEngine()
+    results: list[Pairs] = []
+    print(HEADER)
+    models = f"model=default layer=attention:hidden={HIDDEN},heads=8"
+    with asyncio.Runner() as runner, Keypast(models=models) as ours:
+        runner.run(ours.ready("/readyz"))
+        for app, goal in (("fastapi_app", 1.5), ("bare_app", None)):
+            port = free_port()
+            command = [sys.executable, "-m", "uvicorn", f"benchmarks.peers.trivial:{app}", "--port", str(port)]
+            with Process([*command, "--no-access-log"], {}, port) as peer:
+                runner.run(peer.ready("/openapi.json"))
+                pairs = Pairs("step of the raw layer less its engine time", app, "ms", "less", goal and 1 / goal)
+                sides = (
+                    lambda: runner.run(layer_overhead_ms(ours.port)),
+                    partial(lambda p: runner.run(echo_ms(p, 3 * 2 * HIDDEN)), port),
+                )
+                results.append(interleave(pairs, *sides, options.rounds))
+        for connections in CONNECTIONS:
+            pairs = Pairs(f"{connections} connections, a request a step", "engine alone", "steps/s", "more", 0.85)
+            sides = (
+                partial(lambda n: runner.run(steps_a_second(ours.port, n, options.seconds)), connections),
+                partial(lambda n: n / engine.step_ms(n, CONTEXT) * 1e3, connections),
+            )
+            results.append(interleave(pairs, *sides, options.rounds))
+    report("http_load", results, {}, options.save)
+
+
+if __name__ == "__main__":
+    main()
