@@ -93,9 +93,12 @@ async def echo_ms(port: int, size: int) -> float:
 
 async def steps_a_second(port: int, connections: int, seconds: float) -> float:
     """Every connection steps its own session as fast as replies come."""
-    opened = [await open_session(port, "model") for _ in range(connections)]
-    for index, (connection, session) in enumerate(opened):
+    sessions = []
+    for index in range(connections):
+        connection, session = await open_session(port, "model")
         await connection.call("POST", f"{session}/prefill", {"token_ids": [prompt(index, CONTEXT)]})
+        await connection.close()
+        sessions.append(session)
     body = b'{"token_ids":[[7]],"sample":{"temperature":0}}'
     until = time.perf_counter() + seconds
 
@@ -108,11 +111,12 @@ async def steps_a_second(port: int, connections: int, seconds: float) -> float:
         return done
 
     started = time.perf_counter()
-    done = sum(await asyncio.gather(*(drive(session) for _, session in opened)))
+    done = sum(await asyncio.gather(*map(drive, sessions)))
     rate = done / (time.perf_counter() - started)
-    for connection, session in opened:
+    connection = Connection(port)
+    for session in sessions:
         await connection.call("DELETE", session)
-        await connection.close()
+    await connection.close()
     return rate
 
 
