@@ -215,9 +215,7 @@ class Work:
     )  # (shared, own) blocks, held until a batch has copied them
     alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
     future: Future[Any] | None = None  # cancelled before the first schedule: dropped
-    transfer: Transfer | None = (
-        None  # in place of a forward pass: alone in its batch, whole, `inputs` or `outputs` a past
-    )
+    transfer: Transfer | None = None  # alone in its batch and whole; `inputs` or `outputs` are the past
     outputs: dict[str, Any] = field(default_factory=dict)  # of all rows at once
     done: list[int] = field(default_factory=list)
     results: list[list[RowResult]] = field(default_factory=list)  # a row's chunks in order

@@ -7,7 +7,7 @@
     ├── SessionNotFound       unknown here, or another tenant's: the two must look the same
     ├── SessionExists         the client-chosen id is taken
     ├── SessionGone           deleted or expired                        (`reason` says which)
-    ├── WrongState            a step on an empty session
+    ├── WrongState            a step on an empty session, an import into any other
     ├── Moved                 the version or the length is not what the caller expected
     ├── Refused               not now, try again                        (`retry_after` seconds)
     │   ├── QueueFull         too many appends wait

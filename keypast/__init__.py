@@ -32,6 +32,7 @@ from keypast.errors import (
     Unavailable,
     WrongState,
 )
+from keypast.past import Past
 
 __version__ = version("keypast")
 
@@ -50,6 +51,7 @@ __all__ = [
     "ModelFailed",
     "ModelNotFound",
     "NotFound",
+    "Past",
     "PoolExhausted",
     "PreconditionFailed",
     "ProtocolError",

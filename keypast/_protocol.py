@@ -3,7 +3,7 @@
 arguments > Call (method, path, query, headers, body, parse) > a shell's HTTP > Response > Call.parse > result
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from os import environ
@@ -27,6 +27,7 @@ from keypast.errors import (
     from_problem,
     invalid_input,
 )
+from keypast.past import Past
 from keypast.wire import Array
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 # A long prefill computes for minutes without a byte on the line; connecting and sending do not take that long.
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0, write=60.0)
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+PIECE = 1 << 20  # bytes of a long body that are sent at a time
 
 
 def resolve_url(base_url: str | None) -> str:
@@ -73,6 +75,29 @@ class Call(Generic[T]):
 
     def then(self, convert: Callable[[T], U]) -> "Call[U]":
         return Call(self.method, self.path, lambda r: convert(self.parse(r)), self.query, self.headers, self.body)
+
+
+class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """A long body. In one piece it would take minutes, since all that is left of it is copied at every write."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        for at in range(0, len(self._body), PIECE):
+            yield self._body[at : at + PIECE]
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self:
+            yield piece
+
+
+def build(http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.Request:
+    """The call for a shell to send."""
+    request = http.build_request(call.method, call.path, params=call.query, headers=call.headers, content=call.body)
+    if len(call.body) > PIECE:
+        request.stream = Pieces(call.body)
+    return request
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +217,19 @@ def parse_append(response: Response) -> AppendResult:
     )
 
 
+def parse_past(response: Response) -> tuple[Past, int]:
+    """And the session's version."""
+    check(response)
+    try:
+        version = wire.parse_if_match(response.headers.get("etag"))
+        past = Past.from_bytes(response.body)
+    except wire.WireError as error:
+        raise ProtocolError(f"not the past that was expected: {error}") from None
+    if version is None:
+        raise ProtocolError("not the past that was expected: it has no ETag")
+    return past, version
+
+
 def parse_ready(response: Response) -> bool:
     if response.status == HTTPStatus.SERVICE_UNAVAILABLE:
         return False
@@ -238,6 +276,21 @@ def append(
     return Call("POST", session_path(session_id, verb), parse_append, query, headers, encoded.body)
 
 
+def get_past(session_id: str, if_match: int | None = None) -> Call[tuple[Past, int]]:
+    headers = {"Accept": wire.SAFETENSORS_TYPE, **_precondition(if_match)}
+    return Call("GET", session_path(session_id, "past"), parse_past, headers=headers)
+
+
+def put_past(session_id: str, past: Past, if_match: int | None = None) -> Call[schemas.SessionView]:
+    """Raises InvalidInput for an array that cannot travel."""
+    try:
+        body = past.to_bytes()
+    except wire.WireError as error:
+        raise invalid_input(error.field, error.message) from None
+    headers = _headers(wire.SAFETENSORS_TYPE, wire.JSON_TYPE, if_match)
+    return Call("PUT", session_path(session_id, "past"), parse_model(schemas.SessionView), {}, headers, body)
+
+
 def stream(session_id: str, request: schemas.GenerateRequest, if_match: int | None = None) -> Call[None]:
     """Its `parse` only checks the status; the body is for a StreamReader."""
     call = post(session_path(session_id, "generate"), request, schemas.GenerateReply, if_match)
@@ -245,8 +298,11 @@ def stream(session_id: str, request: schemas.GenerateRequest, if_match: int | No
 
 
 def _headers(content_type: str, accept: str, if_match: int | None) -> dict[str, str]:
-    headers = {"Content-Type": content_type, "Accept": accept}
-    return headers if if_match is None else headers | {"If-Match": wire.etag(if_match)}
+    return {"Content-Type": content_type, "Accept": accept, **_precondition(if_match)}
+
+
+def _precondition(if_match: int | None) -> dict[str, str]:
+    return {} if if_match is None else {"If-Match": wire.etag(if_match)}
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

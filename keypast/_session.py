@@ -4,6 +4,7 @@ from typing import Any, TypedDict
 
 from keypast import _protocol, schemas, wire
 from keypast._protocol import AppendResult, Call
+from keypast.past import Past
 from keypast.schemas import GenerateReply, GenerateRequest, Message, Receipt, SampleOptions, SessionView
 
 ArrayLike = Any  # a numpy array, a torch tensor, or nested numbers
@@ -150,6 +151,17 @@ class SessionCore:
         request = _protocol.request_of(schemas.TruncateRequest, {"length": length})
         path = _protocol.session_path(self.id, "truncate")
         return _protocol.post(path, request, SessionView, self._if_match({**expectation})).then(self._seen)
+
+    def _past(self, expectation: Expectation) -> Call[Past]:
+        return _protocol.get_past(self.id, self._if_match({**expectation})).then(self._exported)
+
+    def _exported(self, reply: tuple[Past, int]) -> Past:
+        past, version = reply
+        self._moved(version, past.valid_length)
+        return past
+
+    def _load_past(self, past: Past, expectation: Expectation) -> Call[None]:
+        return _protocol.put_past(self.id, past, self._if_match({**expectation})).then(self._seen)
 
     def _delete(self, expectation: Expectation) -> Call[Receipt]:
         return delete_session(self.id, self._if_match({**expectation}))

@@ -20,6 +20,7 @@ from keypast._protocol import AppendResult, Call, Response, Retries, transport_e
 from keypast._session import AppendInputs, Expectation, GenerateOptions, SessionCore, SessionFilter, SessionOptions
 from keypast._stream import StreamReader, Token
 from keypast.errors import KeypastError, StreamBroken
+from keypast.past import Past
 from keypast.schemas import Capacity, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
 
 T = TypeVar("T")
@@ -98,11 +99,8 @@ class AsyncClient:
         return await self._tried(attempt)
 
     async def _open(self, call: Call[T]) -> httpx.Response:
-        request = self._http.build_request(
-            call.method, call.path, params=call.query, headers=call.headers, content=call.body
-        )
         try:
-            return await self._http.send(request, stream=True)
+            return await self._http.send(_protocol.build(self._http, call), stream=True)
         except httpx.RequestError as error:
             raise transport_error(error) from error
 
@@ -218,6 +216,14 @@ class AsyncSession(SessionCore):
     async def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
         """Rolls back to an earlier length, one int or one a row."""
         await self._client.send(self._truncate(length, expectation))
+
+    async def past(self, **expectation: Unpack[Expectation]) -> Past:
+        """The session's keys and values as arrays; the session stays as it is."""
+        return await self._client.send(self._past(expectation))
+
+    async def load_past(self, past: Past, **expectation: Unpack[Expectation]) -> None:
+        """A past into this session, which must be empty (else WrongState) and of the same model. One new version."""
+        await self._client.send(self._load_past(past, expectation))
 
     async def refresh(self) -> Self:
         """Asks the service how the session is: `view`, `version` and `valid_length`."""

@@ -15,7 +15,7 @@
         │   └── ModelNotFound
         ├── Conflict               409
         │   ├── SessionExists      the chosen id is taken
-        │   └── WrongState         a step on an empty session
+        │   └── WrongState         a step on an empty session, an import into any other
         ├── SessionGone            410     (`reason`)
         ├── PreconditionFailed     412     (`version`, `valid_length`: the session as it is)
         ├── Refused                429 503: not now, and nothing was applied     (`retry_after` seconds)

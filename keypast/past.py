@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from keypast.wire import Array, WireError, digest, dump_tensors, load_tensors
+from keypast.wire import Array, WireError, digest, load_tensors, tensor_parts
 
 FORMAT = "keypast-past/1"
 LENGTHS = "batch_valid_length"
@@ -58,9 +58,13 @@ class Past:
 
     def to_bytes(self) -> bytes:
         """The file; equal pasts give equal bytes. Raises WireError naming an array whose dtype cannot travel."""
+        return b"".join(self.parts())
+
+    def parts(self) -> list[bytes | memoryview]:
+        """The file in parts, without a copy of the arrays. Raises WireError."""
         tensors = self._tensors()
         about = {"format": FORMAT, "kind": self.kind, "fingerprint": self.fingerprint, "digest": digest(tensors)}
-        return dump_tensors(tensors, about)
+        return tensor_parts(tensors, about)
 
     @classmethod
     def from_bytes(cls, body: bytes) -> Self:
@@ -82,7 +86,8 @@ class Past:
         return cls(tensors, lengths.tolist(), about["kind"], about["fingerprint"])
 
     def save(self, path: str | PathLike[str]) -> None:
-        Path(path).write_bytes(self.to_bytes())
+        with Path(path).open("wb") as file:
+            file.writelines(self.parts())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:

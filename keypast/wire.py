@@ -237,6 +237,11 @@ def dump_tensors(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> by
 
     Raises WireError naming the array whose dtype cannot travel.
     """
+    return b"".join(tensor_parts(arrays, metadata))
+
+
+def tensor_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """The same file in parts, the arrays' own memory wherever that is possible."""
     plain = {name: _plain(name, array) for name, array in arrays.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     data: list[memoryview] = []
@@ -249,7 +254,7 @@ def dump_tensors(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> by
         data.append(_bytes(array))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *data])
+    return [struct.pack("<Q", len(text)) + text, *data]
 
 
 def digest(arrays: Mapping[str, Array]) -> str:

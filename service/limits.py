@@ -1,5 +1,6 @@
 """How much of a request is read. Depth of nesting needs no limit here: pydantic's parser stops at 200 levels."""
 
+import asyncio
 from typing import TypeVar
 
 from fastapi import Request
@@ -12,11 +13,13 @@ from service.worker import ReaderGone
 
 Model = TypeVar("Model", bound=BaseModel)
 
+LARGE = 4 << 20  # bytes whose joining is worth a thread; it lets go of the interpreter meanwhile
+
 
 async def read_json(request: Request, model: type[Model], limit: int) -> Model:
     """A body that can only be JSON. Raises WireError and its children, BodyTooLarge, ReaderGone."""
     if is_safetensors(request.headers.get("content-type")):
-        raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for prefill and step; send {JSON_TYPE}")
+        raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for tensors only; send {JSON_TYPE}")
     return validated(model, await read_body(request, limit))
 
 
@@ -38,4 +41,6 @@ async def read_body(request: Request, limit: int) -> bytes:
             chunks.append(chunk)
     except ClientDisconnect:
         raise ReaderGone from None
-    return chunks[0] if len(chunks) == 2 and not chunks[1] else b"".join(chunks)
+    if len(chunks) == 2 and not chunks[1]:
+        return chunks[0]
+    return b"".join(chunks) if size < LARGE else await asyncio.to_thread(b"".join, chunks)

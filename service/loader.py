@@ -38,6 +38,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         gather_share=settings.gather_share,
         wait_seconds=settings.wait_seconds,
         max_sessions=settings.max_sessions,
+        max_past_bytes=settings.max_past_bytes,
     )
     texts = {
         name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None

@@ -49,6 +49,11 @@ APPEND_HEADERS = VERSION_HEADERS | {
     }.items()
 }
 BINARY = {"type": "string", "format": "binary"}
+PAST = BINARY | {
+    "description": "B rows, N key/value heads, d channels a head, T slots: `key_past.{layer}` (B, N, d, T) and "
+    "`value_past.{layer}` (B, N, T, d), float16 or float32; `batch_valid_length` (B,) int32; `token_ids` (B, T) int64 "
+    "of models that keep them. Metadata: `format`, `kind`, `fingerprint`, `digest`."
+}
 
 
 def ref(model: type[BaseModel]) -> dict[str, str]:
@@ -86,6 +91,16 @@ def append_request(model: type[BaseModel]) -> dict[str, Any]:
         for name in _APPEND_OPTIONS
     ]
     return {**document, "parameters": [IF_MATCH, *parameters]}
+
+
+def past_request() -> dict[str, Any]:
+    content = {SAFETENSORS_TYPE: {"schema": PAST}}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [IF_MATCH]}
+
+
+def past_reply() -> dict[str, Any]:
+    content = {SAFETENSORS_TYPE: {"schema": PAST}}
+    return {"description": "The past.", "headers": VERSION_HEADERS, "content": content}
 
 
 def append_reply() -> dict[str, Any]:

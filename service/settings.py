@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     wait_seconds: float = Field(default=30.0, gt=0, description="an append that got no blocks by then is refused")
 
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
+    max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
     ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")
     drain_seconds: float = Field(default=30.0, ge=0, description="how long running work may go on after SIGTERM")
     cancel_seconds: float = Field(default=5.0, ge=0, description="how long generations may take to end after that")

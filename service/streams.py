@@ -1,6 +1,9 @@
-"""Server-sent events: `data:` lines of JSON, comments while there is silence, `[DONE]` at the end."""
+"""Replies that are not sent at once.
 
-from collections.abc import AsyncGenerator
+Server-sent events are `data:` lines of JSON, comments while there is silence, `[DONE]` at the end.
+"""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from fastapi import Response
@@ -12,6 +15,7 @@ from service.worker import ReaderGone
 EVENT_STREAM = "text/event-stream"
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+PIECE = 1 << 20  # bytes of a long body that are handed over at a time
 
 
 def event(json: str) -> bytes:
@@ -44,3 +48,21 @@ class EventStream(Response):
                 body = f'{{"error":{problem.error.model_dump_json(exclude_none=True)}}}'
                 await send({"type": "http.response.body", "body": event(body), "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})
+
+
+class LongBody(Response):
+    """Sends its parts piece by piece: no copy of the whole is made, and others are answered in between."""
+
+    def __init__(self, parts: Sequence[bytes | memoryview], headers: Mapping[str, str], media_type: str) -> None:
+        super().__init__(None, 200, {**headers, "Content-Length": str(sum(map(len, parts)))}, media_type)
+        self._parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            for part in self._parts:
+                for at in range(0, len(part), PIECE):
+                    await send({"type": "http.response.body", "body": part[at : at + PIECE], "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except OSError:
+            raise ReaderGone from None

@@ -1,7 +1,7 @@
 """The engine's thread, and the event loop's way to it.
 
     event loop                               engine thread
-    append, truncate, generate  -- submit ->  run_once, until there is nothing to run, then wait
+    append, generate, ...       -- submit ->  run_once, until there is nothing to run, then wait
                                 <- futures --  commit
                                 <- tokens ---
 
@@ -18,7 +18,17 @@ from typing import Any, Literal, TypeVar
 
 from starlette.types import Receive
 
-from engine.batch import Append, AppendResult, Generate, GenerateResult, TokenEvent, Truncate
+from engine.batch import (
+    Append,
+    AppendResult,
+    ExportPast,
+    ExportResult,
+    Generate,
+    GenerateResult,
+    ImportPast,
+    TokenEvent,
+    Truncate,
+)
 from engine.engine import Engine
 from engine.errors import EngineStopped
 from engine.stats import SessionInfo
@@ -75,6 +85,16 @@ class EngineWorker:
     async def truncate(self, operation: Truncate, receive: Receive) -> SessionInfo:
         """Raises what the engine raises, and ReaderGone."""
         self.engine.submit(operation)
+        return await _answer(operation.future, receive)
+
+    async def export_past(self, operation: ExportPast, receive: Receive) -> ExportResult:
+        """Raises what the engine raises, and ReaderGone."""
+        self.engine.submit(operation)
+        return await _answer(operation.future, receive)
+
+    async def import_past(self, operation: ImportPast, receive: Receive) -> SessionInfo:
+        """Raises what the engine raises, and ReaderGone."""
+        await asyncio.to_thread(self.engine.submit, operation)  # which reads the past through
         return await _answer(operation.future, receive)
 
     async def generate(

@@ -54,7 +54,7 @@ async def create_session(request: Request, tenant: Tenant) -> Response:
         ttl_seconds=wanted.ttl_seconds,
         labels=wanted.labels,
     )
-    return _session_response(info, 201, {"Location": f"/v1/sessions/{info.id}"})
+    return session_response(info, 201, {"Location": f"/v1/sessions/{info.id}"})
 
 
 @router.get("", responses={200: reply(SessionPage, "A page, oldest first."), **problems(422, 503)})
@@ -74,7 +74,7 @@ async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListS
 )
 async def get_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """The session as it is now."""
-    return _session_response(service_of(request).engine.session(session_id, tenant))
+    return session_response(service_of(request).engine.session(session_id, tenant))
 
 
 @router.delete(
@@ -129,7 +129,7 @@ async def truncate_session(request: Request, session_id: str, tenant: Tenant) ->
     wanted = await read_json(request, TruncateRequest, service.settings.max_body_bytes)
     expected = parse_if_match(request.headers.get("if-match"))
     operation = Truncate(session_id, wanted.length, tenant, expected_version=expected)
-    return _session_response(await service.worker.truncate(operation, request.receive))
+    return session_response(await service.worker.truncate(operation, request.receive))
 
 
 def _matched(request: Request, engine: Engine, session_id: str, tenant: str) -> SessionInfo | None:
@@ -144,7 +144,7 @@ def _matched(request: Request, engine: Engine, session_id: str, tenant: str) -> 
     return info
 
 
-def _session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(_view(info).model_dump_json(), status, {"ETag": etag(info.version), **(headers or {})}, JSON_TYPE)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from keypast import schemas, wire
+from keypast.past import Past
 from keypast.schemas import Code
 from keypast.wire import Array
 
@@ -200,6 +201,7 @@ class FakeService:
             "generate": self._generate,
             "fork": self._fork,
             "truncate": self._truncate,
+            "past": self._export if request.method == "GET" else self._import,
         }
         return verbs[verb](request, session)
 
@@ -341,6 +343,26 @@ class FakeService:
         length = schemas.TruncateRequest.model_validate_json(request.content).length
         lengths = length if isinstance(length, list) else [length] * len(session.rows)
         session.rows = [row[:end] for row, end in zip(session.rows, lengths, strict=True)]
+        session.version += 1
+        return reply(session.view())
+
+    def _export(self, _: httpx.Request, session: FakeSession) -> httpx.Response:
+        """One head of one channel, which is the token."""
+        ids = np.zeros((len(session.rows), max(session.lengths)), np.int64)
+        for row, tokens in zip(ids, session.rows, strict=True):
+            row[: len(tokens)] = tokens
+        key = ids[:, None, None].astype(np.float16)
+        arrays: dict[str, Array] = {"key_past.0": key, "value_past.0": -key.swapaxes(2, 3), "token_ids": ids}
+        headers = {"Content-Type": wire.SAFETENSORS_TYPE, "ETag": wire.etag(session.version)}
+        return httpx.Response(200, headers=headers, content=Past(arrays, session.lengths, "decoder", "f").to_bytes())
+
+    def _import(self, request: httpx.Request, session: FakeSession) -> httpx.Response:
+        wire.check_safetensors(request.headers.get("Content-Type"))
+        if any(session.rows):
+            return problem(Code.WRONG_STATE, "the session has a past")
+        past = Past.from_bytes(request.read())
+        assert past.token_ids is not None
+        session.rows = [ids[:end].tolist() for ids, end in zip(past.token_ids, past.valid_length, strict=True)]
         session.version += 1
         return reply(session.view())
 

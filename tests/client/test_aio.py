@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import pytest
 
-from keypast import AsyncClient, errors
+from keypast import AsyncClient, Past, _protocol, errors
 from keypast.schemas import Code
 
 from .fake import FakeService, problem
@@ -78,6 +78,25 @@ async def test_a_broken_stream_says_so(client: AsyncClient, service: FakeService
     service.answers.append(problem(Code.MODEL_FAILED))
     with pytest.raises(errors.ModelFailed):
         await session.generate(stream=True)
+
+
+async def test_a_past_goes_from_session_to_session(client: AsyncClient) -> None:
+    session, copy = [await client.sessions.create("decoder") for _ in range(2)]
+    await session.prefill(text="abc")
+    past = await session.past(expect_version=True)
+    await copy.load_past(past, if_version=0)
+    assert (copy.version, copy.valid_length) == (1, [3])
+    assert (await copy.past()).digest == past.digest
+    with pytest.raises(errors.WrongState):
+        await copy.load_past(past)
+
+
+async def test_a_long_body_goes_in_pieces(client: AsyncClient) -> None:
+    past = Past({"key_past.0": np.zeros((1, 1, 1, 3 << 20), np.uint8)}, [1], "k", "f")
+    async with httpx.AsyncClient(base_url="http://k") as http:
+        stream = _protocol.build(http, _protocol.put_past("s", past)).stream
+    assert isinstance(stream, httpx.AsyncByteStream)
+    assert b"".join([piece async for piece in stream]) == past.to_bytes()
 
 
 async def test_lists_page_by_page(client: AsyncClient) -> None:

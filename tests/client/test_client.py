@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
-from keypast import Client, Retries, errors
+import keypast
+from keypast import Client, Retries, _protocol, errors
 from keypast.schemas import Code
 
 from .fake import FakeService, problem
@@ -181,6 +183,62 @@ def test_expectations(client: Client, service: FakeService) -> None:
     assert session.refresh().version == 3
     session.prefill(text="e", expect_version=True)
     assert service.requests[-1].headers["If-Match"] == '"3"'
+
+
+def test_a_past_goes_from_session_to_session(client: Client, service: FakeService, tmp_path: Path) -> None:
+    session = client.sessions.create("decoder", batch_size=2)
+    session.prefill(text=["abc", "d"])
+    session.truncate([2, 1])
+    session.version, session.valid_length = 0, [0, 0]
+    past = session.past(if_version=2)
+    assert (session.version, session.valid_length) == (2, [2, 1])
+    assert service.requests[-1].headers["If-Match"] == '"2"'
+    assert past.token_ids is not None
+    assert past.token_ids.tolist() == [[97, 98], [100, 0]]
+    past.save(tmp_path / "past")
+    copy = client.sessions.create("decoder", batch_size=2)
+    copy.load_past(keypast.Past.load(tmp_path / "past"), expect_version=True)
+    assert service.requests[-1].headers["If-Match"] == '"0"'
+    assert (copy.version, copy.valid_length) == (1, [2, 1])
+    assert copy.past().digest == past.digest
+    with pytest.raises(errors.WrongState):
+        copy.load_past(past)
+
+
+def test_a_past_that_cannot_travel_never_leaves(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    past = session.past()
+    past.arrays["key_past.0"] = np.zeros((1, 1, 1, 0))
+    sent = len(service.requests)
+    with pytest.raises(errors.InvalidInput, match="float64") as caught:
+        session.load_past(past)
+    assert (caught.value.field, len(service.requests)) == ("key_past.0", sent)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, headers={"ETag": '"1"'}, content=b"<html>"),
+        httpx.Response(200, headers={"ETag": "1"}, content=keypast.Past({}, [], "k", "f").to_bytes()),
+        httpx.Response(200, content=keypast.Past({}, [], "k", "f").to_bytes()),
+    ],
+)
+def test_a_past_of_another_service(client: Client, service: FakeService, answer: httpx.Response) -> None:
+    session = client.sessions.create("decoder")
+    service.answers.append(answer)
+    with pytest.raises(errors.ProtocolError, match="not the past"):
+        session.past()
+
+
+def test_a_long_body_goes_in_pieces_and_declares_its_length(client: Client) -> None:
+    call = _protocol.put_past("s", keypast.Past({"key_past.0": np.zeros((1, 1, 1, 3 << 20), np.uint8)}, [1], "k", "f"))
+    with httpx.Client(base_url="http://k") as http:
+        request = _protocol.build(http, call)
+    assert isinstance(request.stream, httpx.SyncByteStream)
+    pieces = list(request.stream)
+    assert (b"".join(pieces), max(map(len, pieces))) == (call.body, _protocol.PIECE)
+    assert request.headers["Content-Length"] == str(len(call.body))
+    assert list(request.stream) == pieces, "it can be sent again"
 
 
 def test_lists_page_by_page(client: Client, service: FakeService) -> None:

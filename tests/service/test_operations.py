@@ -169,6 +169,14 @@ async def test_every_route_documents_its_bodies_and_refusals(running: Running) -
         assert set(body["content"]) == {"application/json", "application/vnd.safetensors"}
     assert {"400", "404", "409", "410", "412", "413", "415", "422", "429", "500", "503"} <= set(step["responses"])
     assert {"session_id", "If-Match", "logits", "sample"} <= {parameter["name"] for parameter in step["parameters"]}
+    export, load = (found["paths"]["/v1/sessions/{session_id}/past"][method] for method in ("get", "put"))
+    for body in (export["responses"]["200"], load["requestBody"]):
+        assert set(body["content"]) == {"application/vnd.safetensors"}
+    assert {"404", "410", "412", "422", "429", "500", "503"} <= set(export["responses"])
+    assert {"400", "404", "409", "410", "412", "413", "415", "422", "429", "500", "503"} <= set(load["responses"])
+    assert [{parameter["name"] for parameter in route["parameters"]} for route in (export, load)] == [
+        {"session_id", "If-Match"}
+    ] * 2
     listing = found["paths"]["/v1/sessions"]["get"]["parameters"]
     assert {parameter["name"] for parameter in listing} == {"limit", "cursor", "model", "label", "state"}
 

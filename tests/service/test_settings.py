@@ -10,6 +10,7 @@ from service.settings import PREFIX, Settings, SettingsError, parse_memory, read
 def test_defaults_serve_both_kinds_to_this_machine_only() -> None:
     settings = Settings()
     assert (settings.host, settings.port, settings.max_body_bytes) == ("127.0.0.1", 8000, 64 << 20)
+    assert settings.max_past_bytes == 1 << 30
     assert settings.models == {"smollm2-135m": "default", "attention": "attention:hidden=512,heads=8"}
     assert settings.cache_dir == Path("~/.cache/keypast")
 
