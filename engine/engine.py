@@ -101,6 +101,7 @@ class Engine:
         self._news = threading.Condition(self._lock)
         self._has_news = False
         self._stopping = False
+        self._failure: BaseException | None = None
         self._waiting = 0
         self._store = SessionStore(config.max_sessions, config.tombstones, clock)
         self._served: dict[str, _Served] = {}
@@ -228,9 +229,14 @@ class Engine:
                 self._tell()
 
     def run_once(self) -> bool:
-        """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run yet."""
+        """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run yet.
+
+        Raises what `fail` was given, and what a runner raises that is no Exception: then only `abort` is left to do.
+        """
         ran = False
         with self._lock:
+            if self._failure is not None:
+                raise self._failure
             self._has_news = False
         for served in self._served.values():
             with self._lock:
@@ -280,6 +286,17 @@ class Engine:
             for served in self._served.values():
                 for work in served.scheduler.works():
                     self._fail(served, work, error)
+
+    def fail(self, error: BaseException) -> None:
+        """What runs the models is gone: new work is refused from now on, and `run_once` raises the error."""
+        with self._lock:
+            self._stopping = True
+            self._failure = error
+            self._tell()
+
+    @property
+    def failed(self) -> bool:
+        return self._failure is not None
 
     @property
     def idle(self) -> bool:

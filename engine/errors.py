@@ -15,7 +15,8 @@
     ├── ModelFailed           the forward pass failed; the session is as before
     └── EngineStopped         stopping or stopped; nothing was applied
 
-A transport maps each leaf to its own status; `None` is never an error here, it means "not now".
+A transport maps each leaf to its own status; `None` is never an error here, it means "not now". RanksLost is outside of
+the tree: it is nothing that a caller did, and the engine does not go on after it.
 """
 
 
@@ -94,3 +95,7 @@ class ModelFailed(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is stopping or has stopped; nothing was applied."""
+
+
+class RanksLost(BaseException):
+    """A process that holds a share of the models is gone. Not an Exception: nothing takes it for a model's failure."""

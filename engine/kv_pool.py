@@ -19,6 +19,7 @@ class KVPool:
     def __init__(self, spec: KVSpec, blocks: int, block_size: int, device: str | torch.device) -> None:
         dtype = getattr(torch, spec.dtype)
         heads, width = spec.kv_heads, spec.head_dim
+        self.kv_heads = heads
         self.k = torch.empty(spec.layers, blocks, heads, width, block_size, dtype=dtype, device=device)
         self.v = torch.empty(spec.layers, blocks, heads, block_size, width, dtype=dtype, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))

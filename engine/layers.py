@@ -13,13 +13,32 @@ from engine.attention.base import Backend, KVView, Rotary, Scoring
 from engine.attention.dense import DenseView, Past, check_lengths, check_mask, check_past, check_rotary, check_shapes
 from engine.attention.mask import attending
 from engine.errors import InvalidInput
+from engine.parallel import Parallel, Ranks, divide
+
+ROWS, COLUMNS = 0, 1  # of a linear's weight: its outputs, its inputs
 
 
 class Linear(nn.Linear):
     """y = x W^T + b. Packed on the CPU it holds the weight in oneDNN's own layout, which reads at memory speed from one
-    row to thousands; nothing but `forward` works then."""
+    row to thousands; nothing but `forward` works then. Cut, before that, it holds this rank's part of the weight."""
 
     packed: Tensor | None = None
+    ranks: Ranks | None = None  # those that hold the rest
+    cut: int | None = None  # ROWS or COLUMNS
+
+    def shard_rows(self, ranks: Ranks) -> None:
+        """This rank's share of the outputs, from a whole input."""
+        self.ranks, self.cut = ranks, ROWS
+        self.out_features //= ranks.size
+        self.weight = _share(self.weight, ranks, ROWS)
+        if self.bias is not None:
+            self.bias = _share(self.bias, ranks)
+
+    def shard_columns(self, ranks: Ranks) -> None:
+        """The whole output, from this rank's share of the inputs: the ranks' products are added, then the bias."""
+        self.ranks, self.cut = ranks, COLUMNS
+        self.in_features //= ranks.size
+        self.weight = _share(self.weight, ranks, COLUMNS)
 
     @property
     def matrix(self) -> Tensor:
@@ -53,11 +72,18 @@ class Linear(nn.Linear):
         return whole
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.ranks is None:
+            return self._product(input, self.bias)
+        if self.cut == ROWS:
+            return self._product(self.ranks.copy(input), self.bias)
+        out = self.ranks.sum(self._product(input, None))
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return F.linear(input, self.matrix.to(input.dtype), bias)
+            return F.linear(input, self.matrix.to(input.dtype), None if bias is None else bias.to(input.dtype))
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            input.to(self.packed.dtype), self.packed, self.bias, "none", [], ""
+            input.to(self.packed.dtype), self.packed, bias, "none", [], ""
         )
         return out.to(input.dtype)
 
@@ -69,10 +95,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.ranks: Ranks | None = None  # those that norm other heads with the same weight
 
     def forward(self, x: Tensor, residual: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """(norm(s), s) with s = x + residual; x (..., size)."""
-        return backend.rms_norm(x, self.weight, self.eps, residual)
+        weight = self.weight if self.ranks is None else self.ranks.copy(self.weight)
+        return backend.rms_norm(x, weight, self.eps, residual)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -127,8 +155,30 @@ class MultiHeadAttention(nn.Module):
         self.attention_dropout, self.output_dropout = attention_dropout, output_dropout
         self.compute_dtype, self.softmax_dtype = compute_dtype, softmax_dtype
         self.scale = self.head_dim**-0.5
+        self.ranks: Ranks | None = None  # those that hold the other heads
         self.qkv: Linear | None = None
         self._packed_scoring: Scoring | None = None
+
+    def shard(self, parallel: Parallel) -> None:
+        """Keeps this rank's heads and lets the others go; once, before `pack`. From then on `heads` and `kv_heads` are
+        this rank's own and so is the past; inputs, outputs, masks and probabilities are the whole layer's. In training
+        with dropout the ranks must be seeded alike.
+
+        Raises InvalidInput for heads that the ranks cannot share evenly.
+        """
+        ranks = parallel.model
+        divide("model_parallel", ranks.size, "the layer", heads=self.heads, kv_heads=self.kv_heads)
+        self.ranks = ranks
+        self.heads //= ranks.size
+        self.kv_heads //= ranks.size
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            linear.shard_rows(ranks)
+        self.o_proj.shard_columns(ranks)
+        if self.bias_k is not None and self.bias_v is not None:
+            self.bias_k, self.bias_v = _share(self.bias_k, ranks), _share(self.bias_v, ranks)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.ranks = ranks
 
     def pack(self, *, self_attention: bool) -> None:
         """`self_attention`: query, key and value will always be one tensor, so one linear gives all three."""
@@ -145,7 +195,9 @@ class MultiHeadAttention(nn.Module):
         if self._packed_scoring is not None:
             return self._packed_scoring
         dropout = self.attention_dropout if self.training else 0.0
-        return Scoring(self.scale, self._extra(self.bias_k), self._extra(self.bias_v), self.softmax_dtype, dropout)
+        return Scoring(
+            self.scale, self._extra(self.bias_k), self._extra(self.bias_v), self.softmax_dtype, dropout, self.ranks
+        )
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, kv: KVView, layer: int = 0, rotary: Rotary | None = None
@@ -205,7 +257,8 @@ class MultiHeadAttention(nn.Module):
         elif in_place:
             raise InvalidInput("past", "in_place writes the past's own tensors: give one, as empty_past makes it")
         if attention_mask is not None:
-            check_mask(attention_mask, (batch, self.heads, n, slots))
+            all_heads = self.heads if self.ranks is None else self.heads * self.ranks.size
+            check_mask(attention_mask, (batch, all_heads, n, slots))
         if rotary is not None:
             check_rotary(rotary, n, m, slots)
         if not in_place:
@@ -216,10 +269,14 @@ class MultiHeadAttention(nn.Module):
         bias = None if attention_mask is None else attending(attention_mask)
         if bias is not None and bias.dim() == 3:
             bias = bias[:, None]
+        if self.ranks is not None and bias is not None and bias.shape[1] > 1:
+            bias = self.ranks.share(bias, 1)
         view = DenseView(bias=bias, past=past, new=new, causal=causal, in_place=in_place, need_weights=need_weights)
         out = self(query, key, value, view, rotary=rotary)
         assert view.present is not None  # the call has set it
         weights = view.weights
+        if self.ranks is not None and weights is not None:
+            weights = self.ranks.join(weights, 1)
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         return out, view.present, weights
@@ -267,6 +324,14 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.gate_up: Linear | None = None
 
+    def shard(self, parallel: Parallel) -> None:
+        """Keeps this rank's part of the inner features; once, before `pack`. Raises InvalidInput."""
+        divide("model_parallel", parallel.model.size, "the layer", intermediate_size=self.up_proj.out_features)
+        for linear in (self.gate_proj, self.up_proj):
+            if linear is not None:
+                linear.shard_rows(parallel.model)
+        self.down_proj.shard_columns(parallel.model)
+
     def pack(self) -> None:
         if self.gate_proj is not None:
             self.gate_up = Linear.fused([self.gate_proj, self.up_proj])
@@ -298,17 +363,24 @@ class DecoderBlock(nn.Module):
         self.feed_forward_norm = feed_forward_norm
         self.feed_forward = ffn
 
+    def shard(self, parallel: Parallel) -> None:
+        self.attention.shard(parallel)
+        self.feed_forward.shard(parallel)
+
     def pack(self) -> None:
         self.attention.pack(self_attention=True)
         self.feed_forward.pack()
 
     def packed_weights(self) -> list[Tensor | None] | None:
-        """What PackedBlocks lists for a block, or None if this one is not of that form."""
+        """What PackedBlocks lists for a block, or None if this one is not of that form: a cut one adds in between."""
         attention, feed_forward = self.attention, self.feed_forward
         norms = [self.attention_norm, self.feed_forward_norm]
         linears = [attention.qkv, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj]
         if not all(isinstance(norm, RMSNorm) for norm in norms) or any(
-            linear is None or linear.packed is None or linear.packed.dtype != attention.compute_dtype
+            linear is None
+            or linear.ranks is not None
+            or linear.packed is None
+            or linear.packed.dtype != attention.compute_dtype
             for linear in linears
         ):
             return None
@@ -325,3 +397,7 @@ class DecoderBlock(nn.Module):
         delta = self.attention(normed, normed, normed, kv, layer, rotary)
         normed, x = self.feed_forward_norm(delta, x, kv.backend)
         return x, self.feed_forward(normed, kv.backend)
+
+
+def _share(parameter: Tensor, ranks: Ranks, axis: int = 0) -> nn.Parameter:
+    return nn.Parameter(ranks.share(parameter.detach(), axis), requires_grad=parameter.requires_grad)

@@ -9,13 +9,15 @@ from engine.errors import InvalidInput
 from engine.models import build
 from engine.models.base import LoadOptions as ModelOptions
 from engine.models.base import Progress
-from engine.runner import ModelRunner
+from engine.parallel import Parallel
+from engine.runner import ModelRunner, Together
 from engine.text import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """`kv_memory` (bytes) is this model's own; `backend` is auto, or the name of one (see engine.attention)."""
+    """`kv_memory` (bytes) is this model's own, on its device; `backend` is auto, or the name of one (see
+    engine.attention). `parallel` and `together`: see ModelRunner."""
 
     cache_dir: Path
     kv_memory: int
@@ -25,6 +27,8 @@ class LoadOptions:
     device: str = "auto"
     backend: str = "auto"
     warn: Callable[[str], None] = print
+    parallel: Parallel | None = None
+    together: Together | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,18 @@ class LoadedModel:
 def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
     """Raises InvalidInput naming the spec's or the checkpoint's fault, and its fix."""
     loaded = build(
-        name, spec, ModelOptions(options.cache_dir, options.dtype, options.kv_dtype, options.device), progress
+        name,
+        spec,
+        ModelOptions(options.cache_dir, options.dtype, options.kv_dtype, options.device, options.parallel),
+        progress,
     )
     model_spec = loaded.model.spec
     block_bytes = model_spec.kv.position_bytes * options.block_size
+    if options.parallel is not None and model_spec.device != "cpu":
+        block_bytes //= options.parallel.model.size  # each rank has a device of its own; a CPU's memory is everyone's
     blocks = options.kv_memory // block_bytes
     if blocks < 1:
         raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
     backend = choose(options.backend, model_spec.device, options.cache_dir, options.warn, progress)
-    runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size)
+    runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size, options.parallel, options.together)
     return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)

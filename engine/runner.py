@@ -1,6 +1,8 @@
 """Owns the device: a batch becomes a plan, one forward pass, results. Decides nothing."""
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from engine.batch import Array, Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK, blocks_for
 from engine.kv_pool import KVPool
 from engine.models.base import Model
+from engine.parallel import Parallel
 from engine.specs import ModelSpec, TensorSpec
 
 
@@ -34,19 +37,42 @@ class Plan:
         return not len(self.attention["positions"]) and not len(self.attention["slots"])
 
 
-class ModelRunner:
-    """`blocks` counts the null block."""
+class Together(Protocol):
+    """How the ranks that hold the model's other shares are made to do what this one does (see engine.team)."""
 
-    def __init__(self, model: Model, backend: Backend, blocks: int, block_size: int) -> None:
+    def __call__(self, method: str, *arguments: object) -> AbstractContextManager[list[Any]]: ...
+
+
+class ModelRunner:
+    """`blocks` counts the null block. With `parallel` the model is cut and the pool holds this rank's heads; `together`
+    is for the rank that runs batches, the others are given plans."""
+
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        blocks: int,
+        block_size: int,
+        parallel: Parallel | None = None,
+        together: Together | None = None,
+    ) -> None:
         self.model = model
         self.backend = backend
         self.blocks = blocks
         self.spec: ModelSpec = model.spec
         self._block_size = block_size
-        self._pool = KVPool(model.spec.kv, blocks, block_size, model.spec.device)
+        self._ranks = None if parallel is None else parallel.model
+        self._together = together or _alone
+        kv = self.spec.kv
+        if self._ranks is not None:
+            kv = replace(kv, kv_heads=kv.kv_heads // self._ranks.size)
+        self._pool = KVPool(kv, blocks, block_size, model.spec.device)
 
     def run(self, batch: Batch) -> list[RowResult]:
-        return self.outputs(batch, *self.execute(self.plan(batch)))
+        plan = self.plan(batch)
+        with self._together("execute", plan):
+            hidden, view = self.execute(plan)
+        return self.outputs(batch, hidden, view)
 
     def plan(self, batch: Batch) -> Plan:
         computed = [row for row in batch.rows if row.count or row.queries or row.replay]
@@ -62,16 +88,32 @@ class ModelRunner:
         view = PagedView(self._pool, inputs, self.backend, [] if plan.need_weights else None)
         if plan.is_empty:
             return torch.empty(0), view
-        return self.model.forward({name: self._tensor(array) for name, array in plan.inputs.items()}, view), view
+        hidden = self.model.forward({name: self._tensor(array) for name, array in plan.inputs.items()}, view)
+        if self._ranks is not None and view.weights is not None:
+            view.weights = [[self._ranks.gather(row, 0) for row in rows] for rows in view.weights]
+        return hidden, view
 
     @torch.inference_mode()
     def outputs(self, batch: Batch, hidden: Tensor, view: PagedView) -> list[RowResult]:
         """A result a row, in order."""
         return self.model.outputs(hidden, batch.rows, self._starts(batch.rows), view)
 
-    @torch.inference_mode()
     def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
         """Keys and values as `ModelSpec.past_tensors` has them; T is the longest length."""
+        with self._together("read_past", tables, lengths) as shares:
+            own = self._read_past(tables, lengths)
+        if not shares:
+            return own
+        return {name: np.concatenate([array, *(share[name] for share in shares)], 1) for name, array in own.items()}
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        """The inverse of `read_past`; more slots than the longest length are ignored."""
+        with self._together("write_past", tables, lengths, arrays):
+            self._write_past(tables, lengths, arrays)
+
+    @torch.inference_mode()
+    def _read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
+        """This rank's heads of it."""
         table, valid = self._past_blocks(tables, lengths)
         past = {}
         for layer in range(self.spec.kv.layers):
@@ -80,14 +122,18 @@ class ModelRunner:
         return past
 
     @torch.inference_mode()
-    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
-        """The inverse of `read_past`; more slots than the longest length are ignored."""
+    def _write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
         table, valid = self._past_blocks(tables, lengths)
-        slots = valid.shape[1]
+        slots, heads = valid.shape[1], self._own_heads
         for layer in range(self.spec.kv.layers):
-            key = self._tensor(arrays[f"key_past.{layer}"][..., :slots])
-            value = self._tensor(arrays[f"value_past.{layer}"][:, :, :slots])
+            key = self._tensor(arrays[f"key_past.{layer}"][:, heads, :, :slots])
+            value = self._tensor(arrays[f"value_past.{layer}"][:, heads, :slots])
             self._pool.write(layer, table, valid, key, value)
+
+    @property
+    def _own_heads(self) -> slice:
+        first = 0 if self._ranks is None else self._ranks.rank * self._pool.kv_heads
+        return slice(first, first + self._pool.kv_heads)
 
     def _past_blocks(self, tables: list[list[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
         """What covers the lengths, (R, W) padded with the null block, and which slots are valid, bool (R, T)."""
@@ -174,3 +220,7 @@ def _mask(row: Row) -> Array | None:
 
 def _to_numpy(tensor: Tensor) -> Array:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _alone(method: str, *arguments: object) -> AbstractContextManager[list[Any]]:
+    return nullcontext([])

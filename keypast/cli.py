@@ -38,9 +38,20 @@ def serve(
         str | None, typer.Option(help="For keys and values: 4GiB, or a share of the free memory: 25%.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: one a core.")] = None,
+    model_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that share each model: processes, on GPUs one each.")
+    ] = None,
 ) -> None:
     """Start the service. What is not given comes from the environment's KEYPAST_*, else from its defaults."""
-    given = {"host": host, "port": port, "dtype": dtype, "device": device, "kv_memory": kv_memory, "threads": threads}
+    given = {
+        "host": host,
+        "port": port,
+        "dtype": dtype,
+        "device": device,
+        "kv_memory": kv_memory,
+        "threads": threads,
+        "model_parallel": model_parallel,
+    }
     environ.update({f"KEYPAST_{name.upper()}": str(value) for name, value in given.items() if value is not None})
     if model:
         environ["KEYPAST_MODELS"] = dumps(dict(map(_named, model)))

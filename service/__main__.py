@@ -26,11 +26,16 @@ def _set_threads(settings: Settings) -> None:
     OpenMP threads that wait spin for long by default, which beside an event loop on the same cores can cost a time
     slice a parallel region; not spinning at all costs a wake-up a region (a step of 16 ms instead of 9). This many
     turns outlast the gaps inside a step and little more.
+
+    The ranks that share a model inherit this: they share the threads, and talk to each other inside this machine only.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if settings.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    if settings.threads or settings.model_parallel > 1:
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, threads // settings.model_parallel))
+    if settings.model_parallel > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 if __name__ == "__main__":

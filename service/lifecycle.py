@@ -26,10 +26,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine over its models, and what those that read text need for it, by the model's name."""
+    """An engine over its models, and what those that read text need for it, by the model's name. `close` gives back
+    what the models hold outside of this process."""
 
     engine: Engine
     texts: Mapping[str, TextModel]
+    close: Callable[[], object] = lambda: None
 
 
 Load = Callable[[Progress], Loaded]
@@ -55,6 +57,13 @@ class Service:
         if self._worker is not None:
             return self._worker.status
         return "loading" if self._error is None else "down"
+
+    @property
+    def detail(self) -> str | None:
+        """More about a status other than ready."""
+        if self._worker is None:
+            return self.progress
+        return "the engine has ended; the log says why" if self.status == "down" else None
 
     @property
     def worker(self) -> EngineWorker:
@@ -107,9 +116,11 @@ class Service:
         if isinstance(outcome, BaseException):
             self._error = outcome
             self.progress = "loading failed"
-        elif not self._stopping:
+        elif self._stopping:
+            outcome.close()
+        else:
             self._texts = outcome.texts
-            self._worker = EngineWorker(outcome.engine)
+            self._worker = EngineWorker(outcome.engine, outcome.close)
             self._worker.start()
             self.loaded_at = time.time()
         self._settled.set()

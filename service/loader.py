@@ -1,6 +1,10 @@
 """From settings to an engine over loaded models. torch is imported here, when the first model is asked for."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -9,13 +13,17 @@ from service.logs import logger
 from service.settings import Settings, parse_memory
 from service.text import TextModel
 
+if TYPE_CHECKING:
+    from engine.loading import LoadedModel
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def load_models(settings: Settings, progress: Progress) -> Loaded:
-    """Raises InvalidInput, whose message names the fault and its fix."""
+    """Raises InvalidInput, whose message names the fault and its fix; RanksLost when a rank ends meanwhile."""
     progress("starting torch")
     from engine.loading import LoadOptions, load_model
+    from engine.team import Team
 
     memory = parse_memory(settings.kv_memory, _free_memory(settings.device))
     options = LoadOptions(
@@ -28,7 +36,23 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         backend=settings.attention_backend,
         warn=logger.warning,
     )
-    models = {name: load_model(name, spec, options, progress) for name, spec in settings.models.items()}
+    if settings.model_parallel == 1:
+        return _over(
+            {name: load_model(name, spec, options, progress) for name, spec in settings.models.items()}, settings
+        )
+    progress(f"starting {settings.model_parallel} ranks")
+    team = Team(settings.model_parallel, "cuda" if _on_gpu(settings.device) else "cpu", settings.rank_seconds)
+    try:
+        models = {name: team.load(name, spec, options, progress) for name, spec in settings.models.items()}
+    except BaseException:
+        team.close()
+        raise
+    loaded = _over(models, settings, team.close)
+    team.watch(loaded.engine.fail)
+    return loaded
+
+
+def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable[[], object] = lambda: None) -> Loaded:
     config = EngineConfig(
         block_size=settings.block_size,
         max_rows=settings.max_rows,
@@ -43,14 +67,20 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
     texts = {
         name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None
     }
-    return Loaded(Engine([model.runner for model in models.values()], config), texts)
+    return Loaded(Engine([model.runner for model in models.values()], config), texts, close)
+
+
+def _on_gpu(device: str) -> bool:
+    import torch
+
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
 def _free_memory(device: str) -> int:
     """Bytes free where the keys and values will be."""
-    import torch
+    if _on_gpu(device):
+        import torch
 
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         free: int = torch.cuda.mem_get_info()[0]
         return free
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -11,7 +11,7 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RanksLost
 from service import logs
 from service.app import create_app
 from service.lifecycle import Load, Service
@@ -83,7 +83,7 @@ async def _run(server: _Server, listener: socket.socket, service: Service) -> in
     if loading.done() and (error := loading.exception()) is not None:
         server.should_exit = True
         await serving
-        if not isinstance(error, EngineError):
+        if not isinstance(error, EngineError | RanksLost):
             raise error
         complain(error)
         return 1

@@ -39,6 +39,12 @@ class Settings(BaseSettings):
         default="auto", description="sdpa is the slow reference; auto: the fastest that the device has"
     )
     threads: int = Field(default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core")
+    model_parallel: int = Field(
+        default=1, ge=1, le=64, description="ranks that share each model by its heads: processes, on GPUs one each"
+    )
+    rank_seconds: float = Field(
+        default=60.0, gt=0, description="a rank that keeps the others waiting for longer ends the service"
+    )
     cache_dir: Path = Field(
         default=Path("~/.cache/keypast"), description="where models and compiled kernels are kept; made when missing"
     )

@@ -45,8 +45,11 @@ class ReaderGone(Exception):
 
 
 class EngineWorker:
-    def __init__(self, engine: Engine) -> None:
+    """`close` is called when the engine has ended: it gives back what the models hold outside of this process."""
+
+    def __init__(self, engine: Engine, close: Callable[[], object]) -> None:
         self.engine = engine
+        self._close = close
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
@@ -56,7 +59,7 @@ class EngineWorker:
 
     @property
     def status(self) -> Literal["ready", "draining", "down"]:
-        if self._ended.is_set() or not self._thread.is_alive():
+        if self._ended.is_set() or not self._thread.is_alive() or self.engine.failed:
             return "down"
         return "draining" if self._stopping else "ready"
 
@@ -145,6 +148,7 @@ class EngineWorker:
             logger.exception("the engine has failed; nothing runs any more")
             self.engine.abort(EngineStopped("the engine has failed"))
         finally:
+            self._close()
             assert self._loop is not None  # start() has set it
             _tell(self._loop, self._ended.set)
 

@@ -17,14 +17,15 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine.store engine.scheduler engine.gather": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
-    " engine.chat engine.sampling engine.compat": ("L3", "L0 L1"),
+    " engine.chat engine.sampling engine.compat engine.parallel": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
     "engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
+    "engine.team": ("L7", "L0 L1 L3 L4 L6"),
     "keypast.schemas keypast.wire keypast.past": ("S0", ""),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs": ("S1", "S0 L0 L1 L5 L3"),
-    "service": ("S2", "S0 S1 L0 L1 L3 L5 L6 C"),
+    "service": ("S2", "S0 S1 L0 L1 L3 L5 L6 L7 C"),
 }
 TORCH_FREE = {"L0", "L1", "L2", "L5", "S0", "C", "S1"}
 HEAVY = {"torch", "transformers"}

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.parallel import Ranks
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
@@ -50,7 +52,7 @@ class Scoring:
 
     `extra_k`, `extra_v`: float32 (E, kv_heads, head_dim), keys and values that every query sees besides the past and no
     mask hides (add_bias_kv, add_zero_attn); they have no position. In probabilities they are the last E columns.
-    `dropout`: of probabilities, in training only.
+    `dropout`: of probabilities, in training only. `ranks`: those that hold the other heads, where a layer is cut.
     """
 
     scale: float
@@ -58,6 +60,7 @@ class Scoring:
     extra_v: Tensor | None = None
     softmax_dtype: torch.dtype = torch.float32
     dropout: float = 0.0
+    ranks: Ranks | None = None
 
 
 @dataclass(frozen=True, slots=True)

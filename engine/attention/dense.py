@@ -142,7 +142,7 @@ class DenseView:
         keys, values, bias = with_extra(keys.to(wide), values.to(wide), bias, scoring)
         group = heads // keys.shape[1]
         keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        weights = F.dropout(probabilities(q.transpose(1, 2).to(wide), keys, bias, scoring), scoring.dropout)
+        weights = _drop(probabilities(q.transpose(1, 2).to(wide), keys, bias, scoring), scoring)
         if self._need_weights:
             self.weights = weights
         return (weights.to(dtype).to(wide) @ values).transpose(1, 2).flatten(2).to(dtype)
@@ -181,6 +181,16 @@ def _zeroed_beyond(length: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     """key (B, kv_heads, d, T) and value (B, kv_heads, T, d) with zeros in slots [length[b], T)."""
     beyond = torch.arange(key.shape[-1], device=key.device) >= length[:, None]  # (B, T)
     return key.masked_fill(beyond[:, None, None, :], 0.0), value.masked_fill(beyond[:, None, :, None], 0.0)
+
+
+def _drop(weights: Tensor, scoring: Scoring) -> Tensor:
+    """Where a layer is cut, each rank draws for all heads and takes its own: ranks seeded alike drop as one would."""
+    ranks = scoring.ranks
+    if ranks is None or not scoring.dropout:
+        return F.dropout(weights, scoring.dropout)
+    batch, heads, *rest = weights.shape
+    kept = F.dropout(weights.new_ones(batch, heads * ranks.size, *rest), scoring.dropout)
+    return weights * ranks.share(kept, 1)
 
 
 def _put(into: Tensor, axis: int, at: Tensor, fresh: Tensor, wanted: Tensor, in_place: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.attention.view import PagedView
 from engine.batch import Row, RowResult
 from engine.errors import InvalidInput
+from engine.parallel import Parallel
 from engine.specs import DTYPE_BYTES, ModelSpec
 from engine.text import Tokenizer
 
@@ -32,12 +33,14 @@ class Model(Protocol):
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """`dtype` of the weights, "auto": float16 on a GPU, bfloat16 on the CPU (whose float16 products are slow).
-    `device` "auto": the GPU if there is one. `kv_dtype` of the past. `cache_dir` keeps what is converted once."""
+    `device` "auto": the GPU if there is one. `kv_dtype` of the past. `cache_dir` keeps what is converted once.
+    `parallel`: this rank's place among those that share the model; None keeps it whole."""
 
     cache_dir: Path
     dtype: str = "auto"
     kv_dtype: str = "float16"
     device: str = "auto"
+    parallel: Parallel | None = None
 
     def resolve(self) -> tuple[str, torch.dtype]:
         """(device, dtype of the weights). Raises InvalidInput."""

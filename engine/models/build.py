@@ -20,6 +20,7 @@ from engine.models.base import LoadedModel, LoadOptions, Progress
 from engine.models.decoder import DecoderModel, decoder_spec
 from engine.models.options import AttentionOptions
 from engine.models.rotary import plain_tables, rotary_tables
+from engine.parallel import Parallel, divide
 from engine.text import Tokenizer
 
 
@@ -80,6 +81,10 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
         fingerprint=fingerprint,
         aligned=rotary is not None,
     )
+    if options.parallel is not None:
+        sizes = {"heads": layer.heads, "kv_heads": layer.kv_heads}
+        divide("model_parallel", options.parallel.model.size, f"model {name}", **sizes)
+        layer.shard(options.parallel)
     model = AttentionModel(described, layer, rotary)
     model.requires_grad_(False).eval()
     model.pack()
@@ -90,11 +95,22 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
     checkpoint = Checkpoint.open(_directory(spec, options.cache_dir, progress), options.cache_dir)
     device, dtype = options.resolve()
     progress(f"{name}: loading {checkpoint.config.architecture}")
-    model = load_decoder(name, checkpoint, device=device, dtype=dtype, kv_dtype=options.kv_dtype)
+    model = load_decoder(
+        name, checkpoint, device=device, dtype=dtype, kv_dtype=options.kv_dtype, parallel=options.parallel
+    )
     return LoadedModel(model, Tokenizer.open(checkpoint), frozenset(checkpoint.config.eos_token_ids))
 
 
-def load_decoder(name: str, checkpoint: Checkpoint, *, device: str, dtype: torch.dtype, kv_dtype: str) -> DecoderModel:
+def load_decoder(
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    kv_dtype: str,
+    parallel: Parallel | None = None,
+) -> DecoderModel:
+    """With `parallel`, this rank's share of it. Raises InvalidInput where the ranks cannot share it evenly."""
     config = checkpoint.config
     spec = decoder_spec(
         name,
@@ -106,7 +122,15 @@ def load_decoder(name: str, checkpoint: Checkpoint, *, device: str, dtype: torch
     )
     with torch.device("meta"):
         model = DecoderModel(spec, config, _rotary(config, device))
-    tensors = {key: tensor.to(device, dtype) for key, tensor in checkpoint.tensors()}
+    if parallel is not None:
+        sizes = {"heads": config.heads, "kv_heads": config.kv_heads, "intermediate_size": config.intermediate_size}
+        divide("model_parallel", parallel.model.size, f"model {name}", **sizes)
+        model.shard(parallel)
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    tensors = {
+        key: (tensor if parallel is None else parallel.model.share_like(tensor, shapes[key])).to(device, dtype)
+        for key, tensor in checkpoint.tensors()
+    }
     if config.tied_head:
         tensors["head.weight"] = tensors["embed.weight"]
     model.load_state_dict(tensors, assign=True)

@@ -9,6 +9,7 @@ from engine.attention.view import PagedView
 from engine.batch import Row, RowResult
 from engine.checkpoints.config import DecoderConfig
 from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm
+from engine.parallel import Parallel
 from engine.sampling import draw
 from engine.specs import KVSpec, ModelSpec, TensorSpec
 
@@ -51,6 +52,12 @@ class DecoderModel(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._eps = config.norm_eps
         self._packed: PackedBlocks | None = None
+
+    def shard(self, parallel: Parallel) -> None:
+        """Cuts the blocks; embedding, norm and head stay whole on every rank. Before `pack`. Raises InvalidInput."""
+        for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
+            block.shard(parallel)
 
     def pack(self) -> None:
         for block in self.blocks:

@@ -26,8 +26,7 @@ async def readyz(request: Request) -> Response:
     service = service_of(request)
     if service.status == "ready":
         return Response(Health(status="ready").model_dump_json(exclude_none=True), media_type=JSON_TYPE)
-    detail = service.progress if service.status in ("loading", "down") else None
-    body = Health(status=service.status, detail=detail).model_dump_json(exclude_none=True)
+    body = Health(status=service.status, detail=service.detail).model_dump_json(exclude_none=True)
     return Response(body, 503, {"Retry-After": "1"}, JSON_TYPE)
 
 

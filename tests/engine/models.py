@@ -92,6 +92,7 @@ class Served:
     """One model in an engine, and its verbs answered at once."""
 
     def __init__(self, runner: ModelRunner, token_budget: int = 512) -> None:
+        self.runner = runner
         self.engine = Engine([runner], EngineConfig(token_budget=token_budget))
         self.name = runner.spec.name
 
