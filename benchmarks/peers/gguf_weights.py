@@ -33,5 +33,16 @@ def write(source: Path, target: Path, kind: str) -> None:
     writer.close()
 
 
+def main() -> None:
+    target, *kinds = sys.argv[1:]
+    cache = Path.home() / ".cache" / "keypast"
+    source = default_model(cache, lambda message: None)
+    for kind in kinds:
+        path = Path(target) / f"smollm2-{kind}.gguf"
+        if not path.exists():
+            write(source, path, kind)
+    print(convert(source, cache))
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main()
