@@ -9,6 +9,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from engine.checkpoints.gguf import convert, default_model
+
 
 def write(source: Path, target: Path, kind: str) -> None:
     """Every matrix of `source` in type `kind`, vectors as they are, all metadata but the file's type copied."""
