@@ -1,6 +1,9 @@
-"""The served model's weights as a GGUF file of another type, so that a peer runs the very same numbers.
+"""The served model's weights as GGUF files of other types, so that a peer runs the very same numbers.
 
-python -m benchmarks.peers.gguf_weights SOURCE.gguf TARGET.gguf F16|BF16|Q8_0
+    python -m benchmarks.peers.gguf_weights DIRECTORY F16 BF16 Q8_0
+
+writes DIRECTORY/smollm2-F16.gguf and so on where they are missing; its last line is the directory that holds the same
+model as safetensors.
 """
 
 import sys
