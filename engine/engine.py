@@ -115,10 +115,10 @@ class Engine:
             )
             return self._info(session)
 
-    def session(self, session_id: str, tenant: str = "") -> SessionInfo:
-        """Raises SessionNotFound, SessionGone."""
+    def session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> SessionInfo:
+        """Raises SessionNotFound, SessionGone, Moved."""
         with self._lock:
-            return self._info(self._store.find(tenant, session_id))
+            return self._info(self._expected(tenant, session_id, expected_version))
 
     def sessions(self, tenant: str = "") -> list[SessionInfo]:
         """The tenant's sessions, oldest first."""
@@ -126,21 +126,30 @@ class Engine:
             self._expire()
             return [self._info(session) for session in self._store if session.tenant == tenant]
 
-    def delete_session(self, session_id: str, tenant: str = "") -> Receipt:
-        """Frees every block now, also while an append runs: that append ends with SessionGone."""
+    def delete_session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> Receipt:
+        """Frees every block now, also while an append runs: that append ends with SessionGone.
+
+        Raises SessionNotFound, SessionGone, Moved.
+        """
         with self._lock:
-            return self._close(self._store.find(tenant, session_id), "deleted")
+            return self._close(self._expected(tenant, session_id, expected_version), "deleted")
 
     def fork(
-        self, session_id: str, *, tenant: str = "", count: int = 1, at: int | list[int] | None = None
+        self,
+        session_id: str,
+        *,
+        tenant: str = "",
+        count: int = 1,
+        at: int | list[int] | None = None,
+        expected_version: int | None = None,
     ) -> list[SessionInfo]:
         """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy.
 
-        Raises SessionNotFound, SessionGone, InvalidInput, QueueFull.
+        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QueueFull.
         """
         with self._lock:
             self._refuse_when_stopping()
-            parent = self._store.find(tenant, session_id)
+            parent = self._expected(tenant, session_id, expected_version)
             if not 1 <= count <= MAX_FORKS:
                 raise InvalidInput("count", f"must be 1 to {MAX_FORKS}, got {count}")
             if len(self._store) + count > self.config.max_sessions:
@@ -517,6 +526,11 @@ class Engine:
         self._waiting -= 1
         operation: Operation = session.waiting.popleft()
         return operation
+
+    def _expected(self, tenant: str, session_id: str, version: int | None) -> Session:
+        session = self._store.find(tenant, session_id)
+        check_version(version, session)
+        return session
 
     def _expire(self) -> None:
         for session in self._store.expired():

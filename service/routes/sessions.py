@@ -8,8 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from engine.batch import Truncate
-from engine.engine import Engine
-from engine.errors import InvalidInput, Moved
+from engine.errors import InvalidInput
 from engine.stats import SessionInfo
 from keypast.schemas import (
     CreateSession,
@@ -70,11 +69,14 @@ async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListS
 
 
 @router.get(
-    "/{session_id}", responses={200: reply(SessionView, "The session.", VERSION_HEADERS), **problems(404, 410, 503)}
+    "/{session_id}",
+    openapi_extra={"parameters": [IF_MATCH]},
+    responses={200: reply(SessionView, "The session.", VERSION_HEADERS), **problems(404, 410, 412, 422, 503)},
 )
 async def get_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """The session as it is now."""
-    return session_response(service_of(request).engine.session(session_id, tenant))
+    expected = parse_if_match(request.headers.get("if-match"))
+    return session_response(service_of(request).engine.session(session_id, tenant, expected_version=expected))
 
 
 @router.delete(
@@ -84,9 +86,8 @@ async def get_session(request: Request, session_id: str, tenant: Tenant) -> Resp
 )
 async def delete_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Frees every block now, also while an append runs."""
-    engine = service_of(request).engine
-    _matched(request, engine, session_id, tenant)
-    receipt = engine.delete_session(session_id, tenant)
+    expected = parse_if_match(request.headers.get("if-match"))
+    receipt = service_of(request).engine.delete_session(session_id, tenant, expected_version=expected)
     body = Receipt(
         id=receipt.id,
         positions=receipt.positions,
@@ -101,18 +102,21 @@ async def delete_session(request: Request, session_id: str, tenant: Tenant) -> R
     "/{session_id}/fork",
     status_code=201,
     openapi_extra={**json_request(ForkRequest), "parameters": [IF_MATCH]},
-    responses={201: reply(ForkReply, "The children."), **problems(400, 404, 410, 412, 413, 415, 422, 429, 503)},
+    responses={
+        201: reply(ForkReply, "The children; `ETag` is theirs.", VERSION_HEADERS),
+        **problems(400, 404, 410, 412, 413, 415, 422, 429, 503),
+    },
 )
 async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Children that share the session's blocks until one of them writes."""
     service = service_of(request)
     wanted = await read_json(request, ForkRequest, service.settings.max_body_bytes)
-    engine = service.engine
-    parent = _matched(request, engine, session_id, tenant)
-    # lengths that were checked stay the children's, also if an append commits between the check and the fork
-    at = wanted.at if wanted.at is not None or parent is None else parent.valid_length
-    children = engine.fork(session_id, tenant=tenant, count=wanted.count, at=at)
-    return Response(ForkReply(sessions=[_view(child) for child in children]).model_dump_json(), 201, None, JSON_TYPE)
+    expected = parse_if_match(request.headers.get("if-match"))
+    children = service.engine.fork(
+        session_id, tenant=tenant, count=wanted.count, at=wanted.at, expected_version=expected
+    )
+    reply = ForkReply(sessions=[_view(child) for child in children])
+    return Response(reply.model_dump_json(), 201, {"ETag": etag(children[0].version)}, JSON_TYPE)
 
 
 @router.post(
@@ -130,18 +134,6 @@ async def truncate_session(request: Request, session_id: str, tenant: Tenant) ->
     expected = parse_if_match(request.headers.get("if-match"))
     operation = Truncate(session_id, wanted.length, tenant, expected_version=expected)
     return session_response(await service.worker.truncate(operation, request.receive))
-
-
-def _matched(request: Request, engine: Engine, session_id: str, tenant: str) -> SessionInfo | None:
-    """The session, when If-Match asks for a version and it is at that. Raises Moved."""
-    expected = parse_if_match(request.headers.get("if-match"))
-    if expected is None:
-        return None
-    info = engine.session(session_id, tenant)
-    if info.version != expected:
-        message = f"the session is at version {info.version}, not {expected}"
-        raise Moved(message, info.version, info.valid_length)
-    return info
 
 
 def session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:

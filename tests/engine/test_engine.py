@@ -496,6 +496,19 @@ def test_a_fork_may_start_earlier_and_while_the_parent_is_busy(house: House) -> 
     assert house.append(latest.id, [41], want=DRAW).outputs["next_token"] == [next_token([*range(20), 41])]
 
 
+def test_fork_read_and_delete_take_the_version_that_they_expect(house: House) -> None:
+    session = house.open([1, 2, 3])
+    house.submit(session, [4])  # runs, and has not committed: the version is what was last committed
+    for refused in (house.engine.fork, house.engine.session, house.engine.delete_session):
+        with pytest.raises(Moved) as moved:
+            refused(session, expected_version=2)
+        assert (moved.value.version, moved.value.valid_length) == (1, [3])
+    assert [session.id for session in house.engine.sessions()] == [session], "no child, and still there"
+    assert house.engine.session(session, expected_version=1).valid_length == [3]
+    assert house.engine.fork(session, expected_version=1)[0].valid_length == [3]
+    assert house.engine.delete_session(session, expected_version=1).positions == 3
+
+
 @pytest.mark.parametrize("at", [-1, 4, [1, 1]])
 def test_a_fork_outside_the_past_is_refused(house: House, at: int | list[int]) -> None:
     with pytest.raises(InvalidInput, match="at: "):

@@ -127,6 +127,7 @@ async def test_if_match_guards_every_change(running: Running, kind: Kind) -> Non
         ("POST", "/truncate", {"length": 1}),
         ("POST", "/fork", {}),
         ("DELETE", "", None),
+        ("GET", "", None),
     ]
     before = running.state()
     for method, verb, body in changes:
@@ -134,10 +135,9 @@ async def test_if_match_guards_every_change(running: Running, kind: Kind) -> Non
         assert reply.status_code == 412, verb
         assert (reply.json()["version"], reply.json()["valid_length"], reply.headers["etag"]) == (1, [6], '"1"')
     assert running.state() == before
-    for method, verb, body in changes[3:] + changes[1:2]:
-        if method == "POST":
-            reply = await running.client.request(method, path + verb, json=body, headers=present)
-            assert reply.is_success, reply.text
+    for method, verb, body in [changes[3], changes[5], changes[1]]:
+        reply = await running.client.request(method, path + verb, json=body, headers=present)
+        assert reply.is_success, reply.text
     assert (await running.client.delete(path, headers={"if-match": "*"})).status_code == 200
 
 
