@@ -42,4 +42,4 @@ class Gather:
 
 
 def _is_step(work: Work) -> bool:
-    return work.future is not None and max(work.new) == 1
+    return work.future is not None and work.transfer is None and max(work.new) == 1

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.batch import Append, Batch, RowResult
+from engine.batch import Append, Array, Batch, ExportPast, ImportPast, RowResult
 from engine.config import EngineConfig
 from engine.engine import Engine
 from tests.fakes import FakeClock, FakeRunner
@@ -18,6 +18,10 @@ class TimedRunner(FakeRunner):
     def run(self, batch: Batch) -> list[RowResult]:
         self._clock.now += STEP
         return super().run(batch)
+
+    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
+        self._clock.now += STEP
+        super().write_past(tables, lengths, arrays)
 
 
 class Clients:
@@ -105,3 +109,18 @@ def test_waiting_ends_by_itself_and_by_the_last_who_comes() -> None:
     clients.engine.wait()
     assert clients.engine.run_once()
     assert clients.last_batch == 2
+
+
+def test_who_imported_one_position_did_not_step() -> None:
+    clients = Clients(1)
+    source = clients.engine.create_session("decoder").id
+    clients.append(source, 1)
+    export, load = ExportPast(source), clients.engine.create_session("decoder").id
+    clients.engine.submit(export)
+    clients.clock.now += 1
+    while clients.engine.run_once():
+        pass
+    clients.engine.submit(ImportPast(load, export.future.result(0).past))
+    assert clients.engine.run_once()
+    clients.step(clients.ids[0])
+    assert clients.engine.run_once(), "nobody is waited for"
