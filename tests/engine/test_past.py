@@ -246,6 +246,27 @@ def test_an_import_is_one_turn_of_its_own_whatever_its_length(house: House) -> N
     assert house.runner.batches == [[(mate, 0, 1, 2)]]
 
 
+@pytest.mark.parametrize("first", ["transfers", "steps"])
+def test_a_transfer_shares_no_batch(house: House, first: str) -> None:
+    past = house.export(house.open([7, 8])).past
+    session, mates = house.open(), [house.open([1]), house.open([2])]
+    house.runner.batches.clear()
+    transfers: list[Operation] = [ImportPast(session, past), ExportPast(house.open([3]))]
+    for operation in transfers if first == "transfers" else []:
+        house.engine.submit(operation)
+    steps = [house.submit(mate, 4) for mate in mates]
+    for operation in transfers if first == "steps" else []:
+        house.engine.submit(operation)
+    house.run()
+    assert house.runner.batches[-1] == [(mate, 0, 1, 2) for mate in mates]
+    assert [step.future.result(0).outputs["next_token"] for step in steps] == [
+        [next_token([1, 4])],
+        [next_token([2, 4])],
+    ]
+    assert all(transfer.future.exception(0) is None for transfer in transfers)
+    assert same(house.export(session).past, past)
+
+
 def test_transfers_do_not_wait_behind_endless_steps(house: House) -> None:
     busy, session = house.open([1]), house.open()
     past = house.export(house.open([7] * 90)).past
