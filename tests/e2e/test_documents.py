@@ -1,7 +1,12 @@
-"""What the README and the examples say, done against a real service that has tiny models under the real ones' names."""
+"""What the README, the guide to migrating and the examples say, done against a real service that has tiny models under
+the real ones' names."""
 
+import contextlib
+import io
 import json
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,25 +21,56 @@ from tests.e2e.test_server import ROOT, Server
 from tests.tiny import save_tiny_decoder
 
 README = (ROOT / "README.md").read_text()
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text()
+SERVICE = "http://127.0.0.1:8000"
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, flags=re.DOTALL)
+
+
+def curls(document: str) -> list[str]:
+    return [line for block in blocks(document, "sh") for line in block.splitlines() if line.startswith("curl")]
+
+
+def run_snippet(code: str, directory: Path) -> str:
+    """Runs it there, as a process of its own for each rank if it has ranks. What it printed."""
+    script = directory / "snippet.py"
+    script.write_text(code)
+    if "torch.distributed" in code:
+        ranks = re.findall(r"^# torchrun (--nproc-per-node \d)", code)[0].split()
+        command = [sys.executable, "-W", "error", "-m", "torch.distributed.run", "--standalone", *ranks, script]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, cwd=directory, env=environment, capture_output=True, text=True, timeout=100, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.chdir(directory):
+        runpy.run_path(str(script))
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = save_tiny_decoder(tmp_path_factory.mktemp("tiny"))
-    models = {"smollm2-135m": str(directory), "attention": "attention:hidden=512,heads=8"}
+    layer = tmp_path_factory.mktemp("layer")
+    saving = next(code for code in blocks(MIGRATING, "python") if "save_file" in code)
+    run_snippet(saving, layer)
+    models = {
+        "smollm2-135m": str(directory),
+        "attention": "attention:hidden=512,heads=8",
+        "layer": f"attention:hidden=64,heads=4,dtype=float32,weights={layer / 'layer.safetensors'}",
+    }
     with Server("service", models=json.dumps(models), kv_memory="256MiB") as server:
         yield server.address()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks(README, "python"))
 def test_readme_python(code: str, address: str, tmp_path: Path) -> None:
-    assert "http://127.0.0.1:8000" in code
+    assert SERVICE in code
     script = tmp_path / "readme.py"
-    script.write_text(code.replace("http://127.0.0.1:8000", address))
+    script.write_text(code.replace(SERVICE, address))
     done = subprocess.run(
         [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=60, check=False
     )
@@ -42,8 +78,17 @@ def test_readme_python(code: str, address: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
+@pytest.mark.parametrize("code", blocks(MIGRATING, "python"))
+def test_migrating_python(code: str, address: str, tmp_path: Path) -> None:
+    """A snippet prints what its comments say, no more and no less."""
+    printed = run_snippet(code.replace(SERVICE, address), tmp_path)
+    said = re.findall(r"^ *print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+    assert said
+    assert printed.splitlines() == said
+
+
 def test_readme_curl(address: str) -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("curl")]
+    lines = curls(README)
     assert len(lines) > 5
     for line in lines:
         words = shlex.split(line)[1:]

@@ -1,6 +1,6 @@
 """A step of fixed shape: one graph for every length, nothing read on the host, buffers that stay where they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +30,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # (of the layer,
         {"rotary": rotary_tables(2, SLOTS), "need_weights": True},
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs() -> Iterator[None]:
+    """A graph of another test is none of this one's, and the other way round."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def ragged_past(layer: MultiHeadAttention, history: Tensor, rotary: Rotary | None) -> Past:
