@@ -8,13 +8,13 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # make serve TORCH="torch==2.13.0 --index-url <your CPU index>".
 TORCH ?= torch==2.13.0
 
-.PHONY: help serve install test test-slow check format bench clean
+.PHONY: help serve install test test-slow check format bench bench-peers clean
 
 help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
 	@echo "make test       install what tests need, run the fast suite (make test-slow: the rest)"
 	@echo "make check      format, lint, types, import layers"
-	@echo "make bench      the benchmarks of this machine, last line JSON each"
+	@echo "make bench      the benchmarks of this machine, last line JSON each (make bench-peers: beside other servers)"
 
 serve: $(VENV)/.server
 	@exec $(BIN)/keypast serve
@@ -40,6 +40,16 @@ format: $(VENV)/.dev
 bench: $(VENV)/.server
 	$(BIN)/python -m benchmarks.engine_step
 	$(BIN)/python -m benchmarks.http_step
+
+# Other servers of the same model, built into .peers once (ten minutes or more), then everything side by side.
+bench-peers: $(VENV)/.dev
+	benchmarks/peers/setup.sh .peers $(BIN)/python
+	$(BIN)/python -m benchmarks.vs_llama --llama-server .peers/llama/bin/llama-server --weights .peers --save
+	$(BIN)/python -m benchmarks.vs_openvino --python .peers/ov/bin/python --model .peers/ovmodel --save
+	$(BIN)/python -m benchmarks.vs_transformers --save
+	$(BIN)/python -m benchmarks.sessions --llama-server .peers/llama/bin/llama-server --weights .peers --save
+	$(BIN)/python -m benchmarks.raw_layer --save
+	$(BIN)/python -m benchmarks.http_load --save
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -109,6 +109,17 @@ def check_version(expected: int | None, session: Session) -> None:
         raise Moved(message, session.version, session.valid_length)
 
 
+def row_lengths(field: str, given: int | list[int], session: Session) -> list[int]:
+    """One length a row, each between 0 and the row's valid length. Raises InvalidInput."""
+    rows = session.valid_length
+    lengths = [given] * len(rows) if isinstance(given, int) else given
+    if len(lengths) != len(rows):
+        raise InvalidInput(field, f"needs one length, or one a row ({len(rows)}), got {len(lengths)}")
+    if any(not 0 <= length <= valid for length, valid in zip(lengths, rows, strict=True)):
+        raise InvalidInput(field, f"must be 0 to the valid length {rows}, got {lengths}")
+    return lengths
+
+
 def check_fits(field: str, after: list[int], session: Session, pool_positions: int) -> None:
     """`after`: a row's length each. Raises LengthExceeded naming the field."""
     if max(after) > session.max_length:

@@ -11,14 +11,12 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from engine.admission import check_inputs, check_version, check_want, new_positions, query_count
+from engine.admission import check_inputs, check_version, check_want, new_positions, query_count, row_lengths
 from engine.batch import (
     Append,
     AppendResult,
-    Array,
     Batch,
     ExportPast,
     ExportResult,
@@ -49,48 +47,14 @@ from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
 from engine.scheduler import Scheduler
+from engine.serving import Runner, Served
 from engine.session import Sequence, Session, SessionState
 from engine.specs import ModelSpec
-from engine.stats import Capacity, ModelCapacity, Receipt, SessionInfo
+from engine.stats import Capacity, Receipt, SessionInfo
 from engine.store import SessionStore
 
 MAX_BATCH_SIZE = 1024
 MAX_FORKS = 256
-
-
-class Runner(Protocol):
-    """What runs a batch on a device. `blocks` counts the null block."""
-
-    spec: ModelSpec
-    blocks: int
-
-    def run(self, batch: Batch) -> list[RowResult]:
-        """Copies the batch's blocks, then one forward pass; a result a row, in order."""
-        ...
-
-    def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
-        """A row's first `lengths` positions in its block table -> keys and values as `ModelSpec.past_tensors` has them,
-        T the longest length, zero past a row's own."""
-        ...
-
-    def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
-        """The other way: T is at least the longest length, and what stands past a row's own is not written."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    runner: Runner
-    scheduler: Scheduler
-    gather: Gather
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.runner.spec
-
-    @property
-    def pool(self) -> BlockPool:
-        return self.scheduler.pool
 
 
 class Engine:
@@ -104,10 +68,10 @@ class Engine:
         self._failure: BaseException | None = None
         self._waiting = 0
         self._store = SessionStore(config.max_sessions, config.tombstones, clock)
-        self._served: dict[str, _Served] = {}
+        self._served: dict[str, Served] = {}
         for runner in runners:
             scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
-            self._served[runner.spec.name] = _Served(runner, scheduler, Gather(config.gather_share))
+            self._served[runner.spec.name] = Served(runner, scheduler, Gather(config.gather_share), config.block_size)
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -190,26 +154,12 @@ class Engine:
                 raise InvalidInput("count", f"must be 1 to {MAX_FORKS}, got {count}")
             if len(self._store) + count > self.config.max_sessions:
                 raise QueueFull(f"{count} more sessions pass the limit of {self.config.max_sessions}")
-            lengths = parent.valid_length if at is None else _lengths("at", at, parent)
+            lengths = parent.valid_length if at is None else row_lengths("at", at, parent)
             return [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
 
     def capacity(self) -> Capacity:
         with self._lock:
-            models = []
-            for name, served in self._served.items():
-                pool, block_bytes = served.pool, self._block_bytes(served)
-                free, used, shared = pool.free, pool.used, pool.shared
-                reserved = sum(
-                    len(sequence.block_table) - blocks_for(sequence.length, self.config.block_size)
-                    for session in self._store
-                    if session.model == name
-                    for sequence in session.sequences
-                )
-                models.append(
-                    ModelCapacity(
-                        name, self.config.block_size, block_bytes, pool.blocks - 1, free, used, shared, reserved
-                    )
-                )
+            models = [served.capacity(self._of(name)) for name, served in self._served.items()]
             return Capacity(models, len(self._store), self._waiting)
 
     # Operations: in arrival order per session, answered through their future.
@@ -316,23 +266,18 @@ class Engine:
         """Raises RuntimeError unless blocks, tables, lengths and queues agree. Call it any time."""
         with self._lock:
             for name, served in self._served.items():
-                sessions = [session for session in self._store if session.model == name]
-                sequences = [sequence for session in sessions for sequence in session.sequences]
-                tables: list[Iterable[int]] = [sequence.block_table for sequence in sequences]
-                served.pool.check([*tables, *served.scheduler.held_for_copies()])
-                for session in sessions:
-                    _check_session(session, served.spec, self.config.block_size)
+                served.check(self._of(name))
             if self._waiting != sum(len(session.waiting) for session in self._store):
                 raise RuntimeError(f"{self._waiting} operations are counted as waiting, the queues say otherwise")
 
     # What runs.
 
-    def _run(self, served: _Served, batch: Batch) -> None:
+    def _run(self, served: Served, batch: Batch) -> None:
         began, started = self._clock(), time.perf_counter()
         error: Exception | None = None
         results: list[RowResult] = []
         try:
-            results = _execute(served.runner, batch)
+            results = served.execute(batch)
         except Exception as failure:  # the model's own code may raise anything; one batch is lost, the engine is not
             error = failure
         elapsed_ms = (time.perf_counter() - started) * 1e3
@@ -349,7 +294,7 @@ class Engine:
             else:
                 self._fail(served, batch.works[0], _as_engine_error(error))
 
-    def _book(self, served: _Served, batch: Batch, results: list[RowResult]) -> None:
+    def _book(self, served: Served, batch: Batch, results: list[RowResult]) -> None:
         for row, result in zip(batch.rows, results, strict=True):
             row.work.done[row.index] += row.count
             row.work.results[row.index].append(result)
@@ -359,7 +304,7 @@ class Engine:
             if work.done == work.new and work.session.state is not SessionState.CLOSED:
                 self._commit(served, work)
 
-    def _commit(self, served: _Served, work: Work) -> None:
+    def _commit(self, served: Served, work: Work) -> None:
         """The append becomes part of the past: everything that can fail has happened before the first change."""
         try:
             outputs = gather(work)
@@ -379,11 +324,11 @@ class Engine:
         served.scheduler.remove(work)
         work.finish(work, outputs, None)
 
-    def _fail(self, served: _Served, work: Work, error: BaseException) -> None:
+    def _fail(self, served: Served, work: Work, error: BaseException) -> None:
         served.scheduler.roll_back(work)
         work.finish(work, {}, error)
 
-    def _sweep(self, served: _Served) -> None:
+    def _sweep(self, served: Served) -> None:
         """Drops what will not run: sessions past their time, works of closed sessions, cancelled or overdue ones."""
         self._expire()
         now = self._clock()
@@ -415,7 +360,7 @@ class Engine:
         served = self._served[session.model]
         if isinstance(operation, Truncate):
             check_version(operation.expected_version, session)
-            self._truncate(served, session, _lengths("length", operation.length, session))
+            self._truncate(served, session, row_lengths("length", operation.length, session))
             self._pop(session)
             _resolve(operation.future, self._info(session))
         elif isinstance(operation, Append):
@@ -448,7 +393,7 @@ class Engine:
 
     def _add(
         self,
-        served: _Served,
+        served: Served,
         session: Session,
         inputs: dict[str, Any],
         new: list[int],
@@ -485,7 +430,7 @@ class Engine:
         lengths = work.past_length, session.valid_length
         return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms)
 
-    def _begin_generation(self, served: _Served, session: Session, operation: Generate) -> None:
+    def _begin_generation(self, served: Served, session: Session, operation: Generate) -> None:
         generation = Generation(operation, session)
 
         def turn_ended(work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
@@ -520,7 +465,7 @@ class Engine:
         rows = len(session.sequences)
         self._add(served, session, {}, [0] * rows, generation.want, turn_ended, operation.future)
 
-    def _truncate(self, served: _Served, session: Session, lengths: list[int]) -> None:
+    def _truncate(self, served: Served, session: Session, lengths: list[int]) -> None:
         for sequence, length in zip(session.sequences, lengths, strict=True):
             if length < sequence.length:
                 sequence.length = length
@@ -559,7 +504,7 @@ class Engine:
         while session.waiting:
             _reject(self._pop(session), SessionGone(reason))
         self._tell()
-        return Receipt(session.id, positions, freed * self._block_bytes(served), freed, len(blocks) - freed)
+        return Receipt(session.id, positions, freed * served.block_bytes, freed, len(blocks) - freed)
 
     # Small things.
 
@@ -574,7 +519,7 @@ class Engine:
                 raise InvalidInput("max_tokens", f"must be at least 1, got {operation.max_tokens}")
             check_want(spec, Want(sample=operation.sample))
 
-    def _held_until(self, served: _Served) -> float | None:
+    def _held_until(self, served: Served) -> float | None:
         return served.gather.hold_until(served.scheduler.works(), self._clock())
 
     def _pop(self, session: Session) -> Operation:
@@ -599,67 +544,11 @@ class Engine:
         if self._stopping:
             raise EngineStopped("the engine is stopping; nothing was applied")
 
-    def _block_bytes(self, served: _Served) -> int:
-        return served.spec.kv.position_bytes * self.config.block_size
+    def _of(self, model: str) -> list[Session]:
+        return [session for session in self._store if session.model == model]
 
     def _info(self, session: Session) -> SessionInfo:
-        served = self._served[session.model]
-        blocks = [block for sequence in session.sequences for block in sequence.block_table]
-        return SessionInfo(
-            id=session.id,
-            tenant=session.tenant,
-            model=session.model,
-            kind=served.spec.kind,
-            state=session.state.value,
-            valid_length=session.valid_length,
-            max_length=session.max_length,
-            version=session.version,
-            blocks=len(blocks),
-            shared_blocks=sum(served.pool.is_shared(block) for block in blocks),
-            bytes=len(blocks) * self._block_bytes(served),
-            parent=session.parent,
-            labels=dict(session.labels),
-            created_at=session.created_at,
-            last_used_at=session.last_used_at,
-            expires_at=session.expires_at,
-        )
-
-
-def _lengths(field: str, given: int | list[int], session: Session) -> list[int]:
-    """One length a row, each between 0 and the row's valid length."""
-    rows = session.valid_length
-    lengths = [given] * len(rows) if isinstance(given, int) else given
-    if len(lengths) != len(rows):
-        raise InvalidInput(field, f"needs one length, or one a row ({len(rows)}), got {len(lengths)}")
-    if any(not 0 <= length <= valid for length, valid in zip(lengths, rows, strict=True)):
-        raise InvalidInput(field, f"must be 0 to the valid length {rows}, got {lengths}")
-    return lengths
-
-
-def _check_session(session: Session, spec: ModelSpec, block_size: int) -> None:
-    for sequence in session.sequences:
-        needed = blocks_for(sequence.length, block_size)
-        blocks = len(sequence.block_table)
-        if blocks < needed or (session.state is SessionState.IDLE and blocks > needed):
-            raise RuntimeError(f"{session!r} has {blocks} blocks in a table that needs {needed}")
-        if spec.history is not None and len(sequence.history) != sequence.length:
-            raise RuntimeError(f"{session!r} keeps {len(sequence.history)} ids of {sequence.length} positions")
-        if sequence.length > session.max_length:
-            raise RuntimeError(f"{session!r} passes its max_length {session.max_length}")
-    if session.state is SessionState.IDLE and session.waiting:
-        raise RuntimeError(f"{session!r} is idle and has {len(session.waiting)} operations waiting")
-
-
-def _execute(runner: Runner, batch: Batch) -> list[RowResult]:
-    work = batch.rows[0].work
-    if work.transfer is None:
-        return runner.run(batch)
-    tables, lengths = [row.table.tolist() for row in batch.rows], [row.stop for row in batch.rows]
-    if work.transfer == "read_past":
-        work.outputs = runner.read_past(tables, lengths)
-    else:
-        runner.write_past(tables, lengths, work.inputs)
-    return [RowResult(tail=row.tail) for row in batch.rows]
+        return self._served[session.model].info(session)
 
 
 def _as_engine_error(error: Exception) -> EngineError:

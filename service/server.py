@@ -17,6 +17,7 @@ from service.app import create_app
 from service.lifecycle import Load, Service
 from service.settings import Settings
 
+KEEP_ALIVE_SECONDS = 75  # a client thinks between two steps; longer than most pools and proxies keep an idle connection
 REPLIES_SECONDS = 5  # after the drain, for what is answered to reach its readers
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,6 +40,7 @@ def serve(load: Load, settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=REPLIES_SECONDS,
     )
     service: Service = app.state.service

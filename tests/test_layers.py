@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "L1",
         "L0",
     ),
-    "engine.store engine.scheduler engine.gather": ("L2", "L0 L1"),
+    "engine.store engine.scheduler engine.gather engine.serving": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
     " engine.chat engine.sampling engine.compat engine.parallel": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),

@@ -1,6 +1,9 @@
-"""The served model's weights as a GGUF file of another type, so that a peer runs the very same numbers.
+"""The served model's weights as GGUF files of other types, so that a peer runs the very same numbers.
 
-python -m benchmarks.peers.gguf_weights SOURCE.gguf TARGET.gguf F16|BF16|Q8_0
+    python -m benchmarks.peers.gguf_weights DIRECTORY F16 BF16 Q8_0
+
+writes DIRECTORY/smollm2-F16.gguf and so on where they are missing; its last line is the directory that holds the same
+model as safetensors.
 """
 
 import sys
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+
+from engine.checkpoints.gguf import convert, default_model
 
 
 def write(source: Path, target: Path, kind: str) -> None:
@@ -33,5 +38,16 @@ def write(source: Path, target: Path, kind: str) -> None:
     writer.close()
 
 
+def main() -> None:
+    target, *kinds = sys.argv[1:]
+    cache = Path.home() / ".cache" / "keypast"
+    source = default_model(cache, lambda message: None)
+    for kind in kinds:
+        path = Path(target) / f"smollm2-{kind}.gguf"
+        if not path.exists():
+            write(source, path, kind)
+    print(convert(source, cache))
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main()

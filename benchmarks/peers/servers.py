@@ -117,7 +117,8 @@ class Llama(Process):
     def __init__(self, binary: Path, weights: Path, slots: int, context: int, threads: int = CORES) -> None:
         port = free_port()
         command = [str(binary), "-m", str(weights), "--port", str(port), "-t", str(threads), "-tb", str(threads)]
-        command += ["-np", str(slots), "-c", str(slots * context), "-fa", "on", "--no-webui", "--cache-ram", "0"]
+        command += ["-np", str(slots), "-c", str(slots * context), "-fa", "on", "--no-webui"]
+        command += ["--no-kv-unified"]  # a stream's attention reads its own past only
         super().__init__(command, {}, port)
         self.name = f"llama.cpp {weights.stem.rpartition('-')[2]}"
 

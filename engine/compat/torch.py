@@ -149,7 +149,8 @@ class MultiheadAttention(TorchMultiheadAttention):
         return total
 
     def __prepare_scriptable__(self) -> TorchMultiheadAttention:
-        """What torch.jit.script compiles: torch's own layer over the same parameters, which knows no past."""
+        """What torch.jit.script compiles: torch's own layer over the same parameters, which knows no past. Scripting a
+        model that holds this layer leaves torch's in its place there, too (so torch.jit does it): script a copy."""
         plain = TorchMultiheadAttention.__new__(TorchMultiheadAttention)
         plain.__dict__ = self.__dict__
         return plain

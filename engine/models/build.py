@@ -48,20 +48,7 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
     if given.dtype != "auto":
         options = dataclasses.replace(options, dtype=given.dtype)
     device, dtype = options.resolve()
-    with torch.device("meta"):
-        layer = MultiHeadAttention(
-            given.hidden,
-            given.heads,
-            kv_heads=given.kv_heads,
-            head_dim=given.head_dim,
-            kdim=given.kdim,
-            vdim=given.vdim,
-            qkv_bias=given.bias,
-            output_bias=given.bias,
-            bias_kv=given.add_bias_kv,
-            zero_attn=given.add_zero_attn,
-            compute_dtype=dtype,
-        )
+    layer = _empty_layer(given, dtype)
     if given.weights is not None:
         progress(f"{name}: reading {given.weights}")
         tensors = _read_weights(given.weights, layer)
@@ -161,6 +148,23 @@ def _directory(spec: str, cache_dir: Path, progress: Progress) -> Path:
     raise InvalidInput(
         "model", f"{spec!r} is neither a directory, a .gguf file, hf:ORG/NAME, attention:... nor `default`"
     )
+
+
+def _empty_layer(given: AttentionOptions, dtype: torch.dtype) -> MultiHeadAttention:
+    with torch.device("meta"):
+        return MultiHeadAttention(
+            given.hidden,
+            given.heads,
+            kv_heads=given.kv_heads,
+            head_dim=given.head_dim,
+            kdim=given.kdim,
+            vdim=given.vdim,
+            qkv_bias=given.bias,
+            output_bias=given.bias,
+            bias_kv=given.add_bias_kv,
+            zero_attn=given.add_zero_attn,
+            compute_dtype=dtype,
+        )
 
 
 def _read_weights(path: Path, layer: MultiHeadAttention) -> dict[str, Tensor]:
