@@ -13,6 +13,9 @@ A *peek* is an append of no position. With queries, they read the past as it is.
 position are given again (from the sequence's `tail`; without one, that position is replayed with its K and V written to
 the null block).
 
+A *score* is an append that is rolled back where another commits: its outputs are those of a continuation, and the
+session is as before.
+
 A *transfer* moves a past as it is, in place of a forward pass: an export is a peek that hands the past out, an import
 an append to an empty session whose keys and values come ready made.
 """
@@ -78,7 +81,7 @@ class Append:
 
     `step`: refuse an empty past and any count but 1. `batch_valid_length`: each row's length after the append; row r
     appends batch_valid_length[r] - past_length[r] of the positions given. `expected_version`: refuse (Moved) at any
-    other.
+    other. `keep`: False for a score, whose result has the lengths that it would have made.
     """
 
     session_id: str
@@ -88,6 +91,7 @@ class Append:
     batch_valid_length: list[int] | None = None
     expected_version: int | None = None
     want: Want = Want()
+    keep: bool = True
     future: Future[AppendResult] = field(default_factory=Future)
 
 
@@ -210,9 +214,9 @@ class Work:
     started_at: float | None = None  # first scheduled
     compute_ms: float = 0.0
     reserved: bool = False
-    copies: list[tuple[int, int]] = field(
-        default_factory=list
-    )  # (shared, own) blocks, held until a batch has copied them
+    keep: bool = True  # else it is rolled back at its end, too
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (shared, own) blocks; the shared ones are held
+    copied: bool = False  # `copies` have been made, and are there to be taken back
     alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
     future: Future[Any] | None = None  # cancelled before the first schedule: dropped
     transfer: Transfer | None = None  # alone in its batch and whole; `inputs` or `outputs` are the past
@@ -228,7 +232,11 @@ class Work:
     @property
     def changes(self) -> bool:
         """Whether its commit makes a new version. (An import may bring empty rows only.)"""
-        return not self.is_peek or self.transfer == "write_past"
+        return self.keep and (not self.is_peek or self.transfer == "write_past")
+
+    @property
+    def present_length(self) -> list[int]:
+        return [past + new for past, new in zip(self.past_length, self.new, strict=True)]
 
     @property
     def queue_ms(self) -> float:
@@ -295,7 +303,7 @@ class Batch:
     @property
     def copies(self) -> list[tuple[int, int]]:
         """(from, to) blocks to copy before the pass, for sequences that leave a shared one to write to their own."""
-        return [copy for work in self.works for copy in work.copies]
+        return [copy for work in self.works if not work.copied for copy in work.copies]
 
     @property
     def works(self) -> list[Work]:

@@ -311,6 +311,11 @@ class Engine:
         except Exception as error:
             self._fail(served, work, error)
             return
+        if not work.keep:
+            served.scheduler.roll_back(work)
+            self._store.touch(work.session)
+            work.finish(work, outputs, None)
+            return
         session, history = work.session, served.spec.history
         for index, (sequence, new) in enumerate(zip(session.sequences, work.new, strict=True)):
             if history is not None and new:
@@ -376,6 +381,7 @@ class Engine:
                 self._end_append,
                 operation.future,
                 queries=queries,
+                keep=operation.keep,
             )
         elif isinstance(operation, ExportPast):
             check_export(served.spec, operation, session, self.config.max_past_bytes)
@@ -402,11 +408,11 @@ class Engine:
         future: Future[Any] | None = None,
         transfer: Transfer | None = None,
         queries: int | None = None,
+        keep: bool = True,
     ) -> None:
         session.state = SessionState.RUNNING
-        work = Work(
-            session, inputs, new, want, finish, self._clock(), queries=queries, future=future, transfer=transfer
-        )
+        work = Work(session, inputs, new, want, finish, self._clock(), queries, future=future, keep=keep)
+        work.transfer = transfer
         served.scheduler.add(work)
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
@@ -427,7 +433,7 @@ class Engine:
             return self._info(session)
         if isinstance(operation, ExportPast):
             return ExportResult(export_past(self._served[session.model].spec, session, outputs), session.version)
-        lengths = work.past_length, session.valid_length
+        lengths = work.past_length, work.present_length
         return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms)
 
     def _begin_generation(self, served: Served, session: Session, operation: Generate) -> None:
@@ -477,11 +483,13 @@ class Engine:
 
     def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
         served = self._served[parent.model]
+        displaced = served.scheduler.displaced(parent)  # by an append that runs now, and may yet not be kept
         sequences = []
         for source, length in zip(parent.sequences, lengths, strict=True):
-            table = source.block_table[: blocks_for(length, self.config.block_size)]
+            blocks = source.block_table[: blocks_for(length, self.config.block_size)]
+            table = array("i", [displaced.get(block, block) for block in blocks])
             tail = source.tail if length == source.length else None
-            sequences.append(Sequence(length, array("i", table), source.history[:length], tail))
+            sequences.append(Sequence(length, table, source.history[:length], tail))
         child = self._store.open(
             parent.tenant,
             parent.model,

@@ -11,7 +11,7 @@ from array import array
 from engine.batch import Batch, Row, Work
 from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
-from engine.session import Sequence, SessionState
+from engine.session import Sequence, Session, SessionState
 
 
 class Scheduler:
@@ -32,12 +32,17 @@ class Scheduler:
 
     def remove(self, work: Work) -> None:
         self._queue.remove(work)
-        self.copied(work)
+        self._let_go(work)
 
     def copied(self, work: Work) -> None:
-        """Its shared blocks have been copied, or need not be any more."""
-        self.pool.release(shared for shared, _ in work.copies)
-        work.copies.clear()
+        """A batch has copied its shared blocks. What is kept needs them no more; a score gets them back at its end."""
+        work.copied = True
+        if work.keep:
+            self._let_go(work)
+
+    def displaced(self, session: Session) -> dict[int, int]:
+        """Own blocks that stand in the session's tables for now, and the shared ones that are its committed past."""
+        return {own: shared for work in self._queue if work.session is session for shared, own in work.copies}
 
     def held_for_copies(self) -> list[list[int]]:
         return [[shared for shared, _ in work.copies] for work in self._queue]
@@ -98,8 +103,12 @@ class Scheduler:
         at, offset = divmod(sequence.length, self._block_size)
         return offset != 0 and self.pool.is_shared(sequence.block_table[at])
 
+    def _let_go(self, work: Work) -> None:
+        self.pool.release(shared for shared, _ in work.copies)
+        work.copies.clear()
+
     def _restore(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
-        """Puts a shared tail block back in place of the own one that was never filled."""
+        """Puts a shared tail block back in place of the own one."""
         at = sequence.length // self._block_size
         for shared, own in copies:
             if at < len(sequence.block_table) and sequence.block_table[at] == own:

@@ -133,7 +133,7 @@ def transport_error(error: httpx.RequestError) -> TransportError:
 
 @dataclass(frozen=True, slots=True)
 class AppendResult:
-    """What a prefill or a step gave. Lists have one entry a row; what was not asked for is None.
+    """What a prefill, a step or a score gave. Lists have one entry a row; what was not asked for is None.
 
     attn_out (B, n, H); attn_weights (B, n, T + E), or (B, N, n, T + E) a head, E the layer's own keys; logits (B, V) or
     (B, n, V).
@@ -261,14 +261,21 @@ def session_path(session_id: str, verb: str = "") -> str:
     return f"/v1/sessions/{quote(session_id, safe='')}" + (f"/{verb}" if verb else "")
 
 
+APPENDS: dict[str, type[schemas.AppendRequest]] = {
+    "prefill": schemas.PrefillRequest,
+    "step": schemas.StepRequest,
+    "score": schemas.ScoreRequest,
+}
+
+
 def append(
     session_id: str, verb: str, inputs: Mapping[str, Any], *, binary: bool, if_match: int | None = None
 ) -> Call[AppendResult]:
-    """`verb` is prefill or step. Binary: arrays, and logits in the reply, travel as safetensors, else as base64."""
+    """`verb` is one of APPENDS. Binary: arrays, and logits in the reply, travel as safetensors, else as base64."""
     arrays = {name: as_array(name, inputs[name]) for name in wire.ARRAY_INPUTS if inputs.get(name) is not None}
     lists = {name: _as_lists(inputs[name]) for name in wire.LIST_INPUTS if inputs.get(name) is not None}
     rest = {name: value for name, value in inputs.items() if name not in wire.ARRAY_INPUTS + wire.LIST_INPUTS}
-    request = request_of(schemas.PrefillRequest if verb == "prefill" else schemas.StepRequest, {**rest, **lists})
+    request = request_of(APPENDS[verb], {**rest, **lists})
     encoded = wire.write_append(request, arrays, "safetensors" if binary else "base64")
     wants_tensors = binary and (arrays or request.logits != "none")
     headers = _headers(encoded.content_type, wire.SAFETENSORS_TYPE if wants_tensors else wire.JSON_TYPE, if_match)

@@ -23,7 +23,8 @@ class Expectation(TypedDict, total=False):
 
 
 class AppendInputs(Expectation, total=False):
-    """The keywords of `prefill` and `step`; B rows, n queries, m new positions, T the longest row's length with them.
+    """The keywords of `prefill`, `step` and `score`; B rows, n queries, m new positions, T the longest row's length
+    with them.
 
     attention: query (B, n, H), key and value (B, m, H), attention_mask (B, n, T), 1 = attend. Query alone reads the
                past and appends nothing; key and value alone are appended and answer nothing.
@@ -110,6 +111,10 @@ class SessionCore:
         self._moved(result.version, result.valid_length)
         return result
 
+    def _scored(self, result: AppendResult) -> AppendResult:
+        self._moved(result.version, result.past_length)
+        return result
+
     def _generated(self, reply: GenerateReply) -> GenerateReply:
         self._moved(reply.version, reply.valid_length)
         return reply
@@ -126,6 +131,11 @@ class SessionCore:
         options: dict[str, Any] = dict(inputs)
         if_match = self._if_match(options)
         return _protocol.append(self.id, verb, options, binary=self._binary, if_match=if_match).then(self._appended)
+
+    def _score(self, inputs: AppendInputs) -> Call[AppendResult]:
+        options: dict[str, Any] = dict(inputs)
+        if_match = self._if_match(options)
+        return _protocol.append(self.id, "score", options, binary=self._binary, if_match=if_match).then(self._scored)
 
     def _generate(self, options: GenerateOptions) -> Call[GenerateReply]:
         request, if_match = self._generate_request(options, stream=False)

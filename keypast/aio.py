@@ -179,6 +179,11 @@ class AsyncSession(SessionCore):
         """Appends one position a row to a past that is not empty (else WrongState)."""
         return await self._client.send(self._append("step", inputs))
 
+    async def score(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+        """What `prefill` would answer, without keeping it. The result has the lengths that it would have made; the
+        session and its version stay as they are."""
+        return await self._client.send(self._score(inputs))
+
     @overload
     async def generate(self, *, stream: Literal[True], **options: Unpack[GenerateOptions]) -> "AsyncTokenStream": ...
     @overload

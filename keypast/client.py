@@ -173,6 +173,11 @@ class Session(SessionCore):
         """Appends one position a row to a past that is not empty (else WrongState)."""
         return self._client.send(self._append("step", inputs))
 
+    def score(self, **inputs: Unpack[AppendInputs]) -> AppendResult:
+        """What `prefill` would answer, without keeping it. The result has the lengths that it would have made; the
+        session and its version stay as they are."""
+        return self._client.send(self._score(inputs))
+
     @overload
     def generate(self, *, stream: Literal[True], **options: Unpack[GenerateOptions]) -> "TokenStream": ...
     @overload

@@ -186,6 +186,12 @@ class StepRequest(AppendRequest):
     model_config = _with(Request.model_config, {"token_ids": [[7042]], "logits": "last"})
 
 
+class ScoreRequest(AppendRequest):
+    """What a prefill of the same body would answer, without keeping it: the session is as before."""
+
+    model_config = _with(Request.model_config, {"token_ids": [[7042, 15]], "logits": "all"})
+
+
 class GenerateRequest(Request):
     """The server's own loop of sample and step, from the last position's logits; every token is a commit."""
 
@@ -324,7 +330,7 @@ class Outputs(Reply):
 
 
 class AppendReply(Appended):
-    """The reply to a prefill or a step."""
+    """The reply to a prefill or a step; to a score, with the lengths it would have made, at the version as it is."""
 
     model_config = _with(
         Reply.model_config,

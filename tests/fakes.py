@@ -105,7 +105,7 @@ class FakeRunner:
     It keeps ids (or the first channel of values) by (block, offset) as a device would, applies copies, and notes in
     `faults` when a past that it reads is not the history that it is told. The next token is a hash of the whole past.
     An attention layer answers a query with its first channel and the sum of what it may see. A batch that appends
-    `poison` fails, as does a transfer of a row of that length.
+    `poison` fails, as does a transfer of a row of that length; `broken` is raised before anything is done.
     """
 
     def __init__(self, spec: ModelSpec = DECODER, blocks: int = 20, block_size: int = 16) -> None:
@@ -113,6 +113,7 @@ class FakeRunner:
         self.blocks = blocks
         self.memory = FakeMemory(spec, block_size)
         self.poison: int | None = None
+        self.broken: Exception | None = None
         self.batches: list[list[tuple[str, int, int, int]]] = []  # (session, row, start, stop) of each row
         self.transfers: list[tuple[str, list[int]]] = []  # (which, lengths)
         self.on_transfer: Callable[[], object] = bool  # called first
@@ -120,6 +121,8 @@ class FakeRunner:
         self.faults = self.memory.faults
 
     def run(self, batch: Batch) -> list[RowResult]:
+        if self.broken is not None:
+            raise self.broken
         self.batches.append([(row.work.session.id, row.index, row.start, row.stop) for row in batch.rows])
         self.memory.copy(batch.copies)
         self.replayed += sum(row.replay for row in batch.rows)

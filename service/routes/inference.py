@@ -1,4 +1,4 @@
-"""Prefill and step: parse, submit, reply. One path for every kind of model."""
+"""Prefill, step and score: parse, submit, reply. One path for every kind of model."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,7 +9,16 @@ from fastapi import APIRouter, Request, Response
 
 from engine.batch import Append, AppendResult, Want
 from engine.errors import InvalidInput
-from keypast.schemas import AppendReply, AppendRequest, Outputs, PrefillRequest, StepRequest, Timings, TopLogprob
+from keypast.schemas import (
+    AppendReply,
+    AppendRequest,
+    Outputs,
+    PrefillRequest,
+    ScoreRequest,
+    StepRequest,
+    Timings,
+    TopLogprob,
+)
 from keypast.wire import Encoded, Form, parse_if_match, read_append, reply_form, write_reply
 from service.auth import Tenant
 from service.lifecycle import Service, service_of
@@ -36,6 +45,12 @@ async def step(request: Request, session_id: str, tenant: Tenant) -> Response:
 async def prefill(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Appends any number of positions to any past, empty or not, and asks any number of queries."""
     return await _append(request, session_id, tenant, PrefillRequest)
+
+
+@router.post("/score", openapi_extra=append_request(ScoreRequest), responses=_RESPONSES)
+async def score(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """What a prefill of the same body would answer; the session stays exactly as it is."""
+    return await _append(request, session_id, tenant, ScoreRequest)
 
 
 async def _append(request: Request, session_id: str, tenant: str, kind: type[AppendRequest]) -> Response:
@@ -99,6 +114,7 @@ def _read(
         batch_valid_length=lengths,
         expected_version=expected,
         want=want,
+        keep=kind is not ScoreRequest,
     )
     return _Read(operation, form, text)
 

@@ -198,6 +198,7 @@ class FakeService:
             "DELETE": self._delete,
             "prefill": self._append,
             "step": self._append,
+            "score": self._append,
             "generate": self._generate,
             "fork": self._fork,
             "truncate": self._truncate,
@@ -229,14 +230,16 @@ class FakeService:
         rows = self._rows(session, options, arrays)
         if max(map(len, rows)) + max(past) > session.max_length:
             return problem(Code.LENGTH_EXCEEDED, "longer than max_length", field="text")
-        for row, new in zip(session.rows, rows, strict=True):
-            row.extend(new)
-        session.version += any(rows)
+        present = [length + len(new) for length, new in zip(past, rows, strict=True)]
+        if not request.url.path.endswith("score"):
+            for row, new in zip(session.rows, rows, strict=True):
+                row.extend(new)
+            session.version += any(rows)
         outputs, tensors = self._outputs(session, options, arrays)
         body = schemas.AppendReply(
             outputs=outputs,
             past_length=past,
-            valid_length=session.lengths,
+            valid_length=present,
             version=session.version,
             timings=TIMINGS,
         )

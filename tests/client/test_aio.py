@@ -42,6 +42,14 @@ async def test_a_session_follows_its_replies(client: AsyncClient, service: FakeS
     assert service.gone == {"mine"}
 
 
+async def test_a_score_leaves_the_session_as_it_is(client: AsyncClient) -> None:
+    session = await client.sessions.create("decoder")
+    await session.prefill(text="The")
+    score = await session.score(text=" capital", logits="last")
+    assert (score.past_length, score.valid_length, score.version) == ([3], [11], 1)
+    assert ((await session.refresh()).version, session.valid_length) == (1, [3])
+
+
 async def test_attention_takes_and_gives_arrays(client: AsyncClient) -> None:
     query = np.arange(8, dtype=np.float16).reshape(1, 2, 4)
     session = await client.sessions.create("attention")

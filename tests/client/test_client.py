@@ -46,6 +46,18 @@ def test_a_session_follows_its_replies(client: Client, service: FakeService) -> 
     assert caught.value.reason == "deleted"
 
 
+def test_a_score_leaves_the_session_as_it_is(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    session.prefill(text="The")
+    score = session.score(text=" capital", logits="all", expect_version=True)
+    assert (score.past_length, score.valid_length, score.version) == ([3], [11], 1)
+    assert score.logits is not None
+    assert (session.version, session.valid_length) == (1, [3])
+    assert (session.refresh().version, session.valid_length) == (1, [3])
+    with pytest.raises(errors.PreconditionFailed):
+        session.score(text="x", if_version=0)
+
+
 def test_logits_come_as_arrays_even_when_not_finite(client: Client, service: FakeService) -> None:
     session = client.sessions.create("decoder")
     result = session.prefill(text="a", logits="last")

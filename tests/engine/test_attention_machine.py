@@ -104,7 +104,7 @@ class Attending(RuleBasedStateMachine):
 
     @rule(numbers=st.lists(picks, min_size=1, max_size=3), data=st.data())
     def append(self, numbers: list[int], data: st.DataObject) -> None:
-        """To one session, or to several in one batch."""
+        """To one session, or to several in one batch; a score among them, now and then."""
         sessions = dict.fromkeys(self.pick(number) for number in numbers)
         asked = [self.draw(session, data) for session in sessions]
         for one in asked:
@@ -145,7 +145,8 @@ class Attending(RuleBasedStateMachine):
             refusal = LengthExceeded
         lengths = after.lengths if new != [m] * rows or data.draw(st.booleans()) else None
         want = Want(need_weights=data.draw(st.booleans()), average_attn_weights=data.draw(st.booleans()))
-        return Asked(Append(session, inputs, "", step, lengths, want=want), told, after, refusal)
+        keep = data.draw(st.integers(0, 3)) > 0
+        return Asked(Append(session, inputs, "", step, lengths, want=want, keep=keep), told, after, refusal)
 
     def check(self, asked: Asked) -> None:
         append = asked.append
@@ -156,7 +157,8 @@ class Attending(RuleBasedStateMachine):
         assert error is None
         result = append.future.result(0)
         assert (result.past_length, result.valid_length) == (asked.told.lengths, asked.after.lengths)
-        self.told[append.session_id] = asked.after
+        if append.keep:
+            self.told[append.session_id] = asked.after
         if "query" not in append.inputs:
             assert result.outputs == {}
             return

@@ -1,6 +1,6 @@
 """Random lives of many sessions against a plain model in memory: a dict of lists."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import settings
@@ -58,6 +58,17 @@ class Sessions(RuleBasedStateMachine):
 
     @rule(number=picks, data=st.data(), most=st.sampled_from([1, 6, 21]))
     def append(self, number: int, data: st.DataObject, most: int) -> None:
+        self._append(number, data, most, keep=True)
+
+    @rule(number=picks, data=st.data(), most=st.sampled_from([1, 6, 21]))
+    def score(self, number: int, data: st.DataObject, most: int) -> None:
+        session = self.pick(number)
+        before = self.engine.session(session), self.engine.capacity()
+        self._append(number, data, most, keep=False)
+        after = self.engine.session(session), self.engine.capacity()
+        assert after == (replace(before[0], last_used_at=after[0].last_used_at), before[1])
+
+    def _append(self, number: int, data: st.DataObject, most: int, keep: bool) -> None:
         session = self.pick(number)
         told = self.told[session]
         n = data.draw(st.integers(1, most))
@@ -71,6 +82,7 @@ class Sessions(RuleBasedStateMachine):
         after = [row + new[:count] for row, new, count in zip(told.rows, rows, counts, strict=True)]
         lengths = [len(row) for row in after]
         append = Append(session, {"token_ids": np.array(rows)}, batch_valid_length=lengths, want=Want(sample=Sample()))
+        append.keep = keep
         self.engine.submit(append)
         self.settle()
         error = append.future.exception(0)
@@ -80,7 +92,8 @@ class Sessions(RuleBasedStateMachine):
             assert isinstance(error, (ModelFailed if fails else PoolExhausted, PoolExhausted))
         else:
             assert not fails
-            told.rows, told.version = after, told.version + 1
+            if keep:
+                told.rows, told.version = after, told.version + 1
             result = append.future.result(0)
             expected = [next_token(row) if count else None for row, count in zip(after, counts, strict=True)]
             assert result.outputs["next_token"] == expected

@@ -1,0 +1,110 @@
+"""Scores of real models of both kinds: what a prefill would answer, bit by bit, and then the next step's own bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.batch import Generate, Want
+from engine.models import build
+from engine.models.base import LoadOptions
+from engine.runner import ModelRunner
+from tests.engine.models import CACHE, Served, backend, reference_logits, reference_model, serve_checkpoint
+
+HIDDEN = 24
+PAST = 37  # in the middle of its third block
+Sessions = list[str]
+
+
+def served_decoder(path: Path, backend_name: str) -> Served:
+    return serve_checkpoint(path, backend_name=backend_name, kv_dtype="float16", token_budget=16)
+
+
+def served_layer(path: Path, backend_name: str) -> Served:
+    loaded = build("layer", f"attention:hidden={HIDDEN},heads=3", LoadOptions(CACHE, dtype="float32"), print)
+    return Served(ModelRunner(loaded.model, backend(backend_name), 200, 16), 16)
+
+
+def words(n: int, past: int) -> dict[str, np.ndarray]:
+    return {"token_ids": np.random.default_rng(past).integers(0, 89, (1, n))}
+
+
+def tensors(n: int, past: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(past)
+    inputs = {name: random.normal(size=(1, n, HIDDEN)).astype(np.float32) for name in ("query", "key", "value")}
+    return {**inputs, "attention_mask": np.tri(n, past + n, past, dtype=np.float32)[None]}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    reference_model("llama").save_pretrained(path)
+    return path
+
+
+def bits(result: Any) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, array in result.outputs.items()}
+
+
+@pytest.mark.parametrize("backend_name", ["sdpa", "cpu"])
+@pytest.mark.parametrize(
+    ("serve", "inputs", "want"),
+    [(served_decoder, words, Want(logits="all")), (served_layer, tensors, Want())],
+    ids=["decoder", "attention"],
+)
+def test_a_score_is_a_prefill_that_leaves_no_bit_behind(
+    llama: Path,
+    serve: Callable[[Path, str], Served],
+    inputs: Callable[[int, int], dict[str, np.ndarray]],
+    want: Want,
+    backend_name: str,
+) -> None:
+    served = serve(llama, backend_name)
+    told = []
+    for scored in (False, True):
+        session = served.open()
+        served.append(session, inputs(PAST, 0), want)
+        fork = served.engine.fork(session)[0].id
+        for which in (session, fork):  # the fork's tail is shared until its first step
+            past = served.engine.session(which).valid_length[0]
+            score = inputs(40, past)
+            if scored:
+                given = served.append(which, score, want, keep=False)
+                again = served.append(which, score, want, keep=False)
+                assert bits(given) == bits(again)
+            mate = served.engine.fork(which)[0].id
+            prefilled = served.append(mate, score, want)
+            if scored:
+                assert bits(given) == bits(prefilled)
+            for _ in range(2):
+                past = served.engine.session(which).valid_length[0]
+                told.append((scored, bits(served.append(which, inputs(1, past), want, step=True))))
+    steps = [step for scored, step in told if not scored]
+    assert [step for scored, step in told if scored] == steps
+    assert len(steps) == 4
+
+
+def test_the_logits_are_those_of_the_whole_text(llama: Path) -> None:
+    served = serve_checkpoint(llama)
+    tokens = words(60, 0)["token_ids"][0].tolist()
+    session = served.open()
+    served.tokens(session, tokens[:PAST])
+    score = served.tokens(session, tokens[PAST:], want=Want(logits="all"), keep=False)
+    expected = reference_logits(reference_model("llama"), tokens)[PAST:]
+    torch.testing.assert_close(torch.from_numpy(score.outputs["logits"][0]), expected, atol=1e-3, rtol=0)
+
+
+def test_a_generation_goes_on_from_the_past_alone(llama: Path) -> None:
+    """It begins with the last position's outputs, which the session keeps."""
+    served = serve_checkpoint(llama)
+    drawn = []
+    for scored in (False, True):
+        session = served.open()
+        served.append(session, words(PAST, 0))
+        if scored:
+            served.append(session, words(20, 1), keep=False)
+        drawn.append(served.finish(Generate(session, 12)).token_ids)
+    assert drawn[0] == drawn[1]
