@@ -1,11 +1,15 @@
 """Whether an append may start: its inputs against the model's spec, its lengths against the session. No tensors."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from engine.batch import Append, Want
 from engine.errors import InvalidInput, LengthExceeded, Moved, WrongState
 from engine.session import Session
 from engine.specs import Axis, ModelSpec, TensorSpec
+
+MAX_LABELS = 32
 
 
 def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
@@ -118,6 +122,24 @@ def row_lengths(field: str, given: int | list[int], session: Session) -> list[in
     if any(not 0 <= length <= valid for length, valid in zip(lengths, rows, strict=True)):
         raise InvalidInput(field, f"must be 0 to the valid length {rows}, got {lengths}")
     return lengths
+
+
+def check_ttl(seconds: float | None) -> None:
+    """Raises InvalidInput."""
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InvalidInput("ttl_seconds", f"must be positive, got {seconds}")
+
+
+def merged_labels(labels: Mapping[str, str], changes: Mapping[str, str | None] | None) -> dict[str, str]:
+    """The labels after a merge patch (RFC 7396): None takes one away, None in place of changes takes all away.
+
+    Raises InvalidInput.
+    """
+    merged = {} if changes is None else {**labels, **changes}
+    kept = {key: value for key, value in merged.items() if value is not None}
+    if len(kept) > MAX_LABELS:
+        raise InvalidInput("labels", f"a session has {MAX_LABELS} at most, this would make it {len(kept)}")
+    return kept
 
 
 def check_fits(field: str, after: list[int], session: Session, pool_positions: int) -> None:

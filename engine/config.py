@@ -1,6 +1,30 @@
 """The engine's settings: frozen, checked once, passed in. Nothing here reads the environment."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What one tenant may hold and do; None: no bound of its own. Blocks are of each model's pool.
+
+    `guaranteed_blocks` are the tenant's at any time: others never take what it has not used of them.
+    """
+
+    sessions: int | None = None
+    pinned: int | None = 64  # of the sessions; they never expire and are never evicted
+    blocks: int | None = None
+    positions_per_minute: int | None = None
+    concurrent_appends: int | None = None  # that run or wait
+    guaranteed_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, least = getattr(self, each.name), int(each.name not in ("pinned", "guaranteed_blocks"))
+            if value is not None and value < least:
+                raise ValueError(f"{each.name} must be at least {least}, got {value}")
+        if self.blocks is not None and self.blocks < self.guaranteed_blocks:
+            raise ValueError(f"blocks must be at least guaranteed_blocks, {self.guaranteed_blocks}, got {self.blocks}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +40,15 @@ class EngineConfig:
     wait_seconds: float = 30.0  # an append that got no blocks by then is refused
     max_sessions: int = 65536
     tombstones: int = 65536  # gone sessions that still answer 410
+    tombstone_seconds: float = 3600.0  # for so long
     max_past_bytes: int = 1 << 30  # of one exported past
+    quota: Quota = Quota()  # of a tenant that has none of its own in `quotas`
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if name != "gather_share" and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, int | float) and value <= 0 and each.name != "gather_share":
+                raise ValueError(f"{each.name} must be positive, got {value}")
+        if self.quota.guaranteed_blocks:
+            raise ValueError("quota must guarantee no blocks: a guarantee is for tenants by name, in quotas")

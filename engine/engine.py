@@ -11,9 +11,18 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any
+from typing import Any, Unpack
 
-from engine.admission import check_inputs, check_version, check_want, new_positions, query_count, row_lengths
+from engine.admission import (
+    check_inputs,
+    check_ttl,
+    check_version,
+    check_want,
+    merged_labels,
+    new_positions,
+    query_count,
+    row_lengths,
+)
 from engine.batch import (
     Append,
     AppendResult,
@@ -48,10 +57,11 @@ from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
 from engine.scheduler import Scheduler
 from engine.serving import Runner, Served
-from engine.session import Sequence, Session, SessionState
+from engine.session import Sequence, Session, SessionChanges, SessionState
 from engine.specs import ModelSpec
 from engine.stats import Capacity, Receipt, SessionInfo
 from engine.store import SessionStore
+from engine.tenants import Tenants, counts_by_tenant
 
 MAX_BATCH_SIZE = 1024
 MAX_FORKS = 256
@@ -67,7 +77,9 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._waiting = 0
-        self._store = SessionStore(config.max_sessions, config.tombstones, clock)
+        self._seconds = 0.1  # that an append takes, a moving average
+        self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
+        self._tenants = Tenants(config.quota, config.quotas, clock)
         self._served: dict[str, Served] = {}
         for runner in runners:
             scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
@@ -88,9 +100,10 @@ class Engine:
         batch_size: int = 1,
         max_length: int | None = None,
         ttl_seconds: float | None = None,
+        pinned: bool = False,
         labels: dict[str, str] | None = None,
     ) -> SessionInfo:
-        """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, EngineStopped."""
+        """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, QuotaExceeded, EngineStopped."""
         with self._lock:
             self._refuse_when_stopping()
             served = self._served.get(model)
@@ -101,9 +114,9 @@ class Engine:
                 raise InvalidInput("max_length", f"must be 1 to {longest} for model {model}, got {max_length}")
             if not 1 <= batch_size <= MAX_BATCH_SIZE:
                 raise InvalidInput("batch_size", f"must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
-            if ttl_seconds is not None and not 0 < ttl_seconds < float("inf"):
-                raise InvalidInput("ttl_seconds", f"must be positive, got {ttl_seconds}")
+            check_ttl(ttl_seconds)
             self._expire()
+            self._admit(tenant, sessions=1, pinned=int(pinned))
             session = self._store.open(
                 tenant,
                 model,
@@ -111,8 +124,10 @@ class Engine:
                 [Sequence() for _ in range(batch_size)],
                 session_id=session_id,
                 ttl_seconds=ttl_seconds,
+                pinned=pinned,
                 labels=labels,
             )
+            self._tenants.add(tenant, sessions=1, pinned=int(pinned))
             return self._info(session)
 
     def session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> SessionInfo:
@@ -124,7 +139,34 @@ class Engine:
         """The tenant's sessions, oldest first."""
         with self._lock:
             self._expire()
-            return [self._info(session) for session in self._store if session.tenant == tenant]
+            return [self._info(session) for session in self._store.of(tenant)]
+
+    def update_session(
+        self,
+        session_id: str,
+        tenant: str = "",
+        *,
+        expected_version: int | None = None,
+        **changes: Unpack[SessionChanges],
+    ) -> SessionInfo:
+        """A merge patch of what is not the past, so no new version; a use, so its time to live begins anew.
+
+        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QuotaExceeded, EngineStopped.
+        """
+        with self._lock:
+            self._refuse_when_stopping()
+            session = self._expected(tenant, session_id, expected_version)
+            labels = merged_labels(session.labels, changes.get("labels", {}))
+            check_ttl(changes.get("ttl_seconds"))
+            pinned = changes.get("pinned", session.pinned)
+            more = int(pinned) - int(session.pinned)
+            self._admit(tenant, pinned=max(0, more))
+            self._tenants.add(tenant, pinned=more)
+            session.labels, session.pinned = labels, pinned
+            session.ttl_seconds = changes.get("ttl_seconds", session.ttl_seconds)
+            self._store.touch(session)
+            self._tell()
+            return self._info(session)
 
     def delete_session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> Receipt:
         """Frees every block now, also while an append runs: that append ends with SessionGone.
@@ -143,9 +185,10 @@ class Engine:
         at: int | list[int] | None = None,
         expected_version: int | None = None,
     ) -> list[SessionInfo]:
-        """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy.
+        """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy. They
+        have its time to live and its labels, and are not pinned.
 
-        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QueueFull.
+        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QueueFull, QuotaExceeded.
         """
         with self._lock:
             self._refuse_when_stopping()
@@ -155,6 +198,10 @@ class Engine:
             if len(self._store) + count > self.config.max_sessions:
                 raise QueueFull(f"{count} more sessions pass the limit of {self.config.max_sessions}")
             lengths = parent.valid_length if at is None else row_lengths("at", at, parent)
+            self._expire()
+            self._admit(tenant, sessions=count)
+            self._store.touch(parent)
+            self._tenants.add(tenant, sessions=count)
             return [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
 
     def capacity(self) -> Capacity:
@@ -180,9 +227,11 @@ class Engine:
                 raise QueueFull(f"{len(session.waiting)} operations wait on this session already")
             if self._waiting >= self.config.max_waiting:
                 raise QueueFull(f"{self._waiting} operations wait already")
-            self._waiting += 1
+            self._tenants.admit(operation.tenant, self._append_seconds, appends=1)
+            self._count(session, 1)
             session.waiting.append(operation)
-            self._store.touch(session)
+            if not isinstance(operation, ExportPast):  # a read is no use
+                self._store.touch(session)
             self._advance(session)
             if self._held_until(self._served[session.model]) is None:
                 self._tell()
@@ -217,7 +266,7 @@ class Engine:
         with self._lock:
             if self._has_news:
                 return
-            deadlines = [session.expires_at for session in self._store if session.expires_at is not None]
+            deadlines = [] if self._store.next_expiry is None else [self._store.next_expiry]
             for served in self._served.values():
                 deadlines.extend(served.scheduler.deadlines(self.config.wait_seconds))
             waits = [] if timeout is None else [timeout]
@@ -240,7 +289,7 @@ class Engine:
             self._stopping = True
             for session in self._store:
                 while len(session.waiting) > 1:
-                    self._waiting -= 1
+                    self._count(session, -1)
                     _reject(session.waiting.pop(), error)
             for served in self._served.values():
                 for work in served.scheduler.works():
@@ -269,6 +318,7 @@ class Engine:
                 served.check(self._of(name))
             if self._waiting != sum(len(session.waiting) for session in self._store):
                 raise RuntimeError(f"{self._waiting} operations are counted as waiting, the queues say otherwise")
+            self._tenants.check(counts_by_tenant(self._store))
 
     # What runs.
 
@@ -325,7 +375,8 @@ class Engine:
                 sequence.tail = work.results[index][-1].tail
         if work.changes:
             session.version += 1
-        self._store.touch(session)
+        if work.transfer != "read_past":
+            self._store.touch(session)
         served.scheduler.remove(work)
         work.finish(work, outputs, None)
 
@@ -420,6 +471,7 @@ class Engine:
         if session.state is SessionState.CLOSED:
             return
         operation = self._pop(session)
+        self._seconds += (self._clock() - work.submitted_at - self._seconds) / 8
         session.state = SessionState.IDLE
         if error is not None:
             _reject(operation, error)
@@ -508,6 +560,7 @@ class Engine:
         positions = sum(session.valid_length)
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
         self._store.close(session, reason)
+        self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))
         freed = served.pool.release(blocks)
         while session.waiting:
             _reject(self._pop(session), SessionGone(reason))
@@ -530,8 +583,25 @@ class Engine:
     def _held_until(self, served: Served) -> float | None:
         return served.gather.hold_until(served.scheduler.works(), self._clock())
 
+    def _admit(self, tenant: str, *, sessions: int = 0, pinned: int = 0) -> None:
+        """Raises QuotaExceeded; after the time it names, if any, one of the tenant's sessions will have expired."""
+
+        def soonest() -> float:
+            ends = [session.expires_at for session in self._store.of(tenant) if session.expires_at is not None]
+            return max(1.0, min(ends) - self._clock()) if ends else self.config.wait_seconds
+
+        self._tenants.admit(tenant, soonest, sessions=sessions, pinned=pinned)
+
+    def _append_seconds(self) -> float:
+        """How long an append takes, as the last ones did."""
+        return self._seconds
+
+    def _count(self, session: Session, operations: int) -> None:
+        self._waiting += operations
+        self._tenants.add(session.tenant, appends=operations)
+
     def _pop(self, session: Session) -> Operation:
-        self._waiting -= 1
+        self._count(session, -1)
         operation: Operation = session.waiting.popleft()
         return operation
 

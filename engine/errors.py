@@ -6,11 +6,12 @@
     ├── ModelNotFound         no model of that name is loaded
     ├── SessionNotFound       unknown here, or another tenant's: the two must look the same
     ├── SessionExists         the client-chosen id is taken
-    ├── SessionGone           deleted or expired                        (`reason` says which)
+    ├── SessionGone           deleted, expired or evicted               (`reason` says which)
     ├── WrongState            a step on an empty session, an import into any other
     ├── Moved                 the version or the length is not what the caller expected
     ├── Refused               not now, try again                        (`retry_after` seconds)
     │   ├── QueueFull         too many appends wait
+    │   ├── QuotaExceeded     the tenant's quota of sessions, pins, blocks, positions a minute or appends is used up
     │   └── PoolExhausted     no blocks came free before the wait deadline
     ├── ModelFailed           the forward pass failed; the session is as before
     └── EngineStopped         stopping or stopped; nothing was applied
@@ -83,6 +84,10 @@ class Refused(EngineError):
 
 class QueueFull(Refused):
     """Too many appends wait, on this session or in the engine."""
+
+
+class QuotaExceeded(Refused):
+    """The tenant has what its quota allows."""
 
 
 class PoolExhausted(Refused):

@@ -80,6 +80,8 @@ class Served:
             bytes=len(blocks) * self.block_bytes,
             parent=session.parent,
             labels=dict(session.labels),
+            ttl_seconds=session.ttl_seconds,
+            pinned=session.pinned,
             created_at=session.created_at,
             last_used_at=session.last_used_at,
             expires_at=session.expires_at,

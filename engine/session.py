@@ -3,7 +3,7 @@
     state      means                                        moved by
     IDLE       no append runs; blocks are held, not pinned  create, commit, roll back
     RUNNING    its first waiting append is in the engine    engine: start of an append
-    CLOSED     gone, `closed_reason` says why               delete, expiry; never leaves this state
+    CLOSED     gone, `closed_reason` says why               delete, expiry, eviction; never leaves this state
 
 A sequence's committed positions are [0, length). Its block table covers at least them; while an append runs it covers
 the reserved positions too, and rolling back cuts it to the committed ones again.
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypedDict
 
 
 class SessionState(Enum):
@@ -38,6 +39,15 @@ class Sequence:
     tail: Any = None
 
 
+class SessionChanges(TypedDict, total=False):
+    """What may be changed of a session, as a merge patch (RFC 7396): what is absent stays. `ttl_seconds` None: for
+    ever. A label of None is taken away, labels of None are all taken away."""
+
+    ttl_seconds: float | None
+    pinned: bool
+    labels: Mapping[str, str | None] | None
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     id: str
@@ -48,6 +58,7 @@ class Session:
     created_at: float
     last_used_at: float
     ttl_seconds: float | None = None
+    pinned: bool = False  # never expires, is never evicted
     labels: dict[str, str] = field(default_factory=dict)
     parent: str | None = None
     version: int = 0
@@ -61,7 +72,7 @@ class Session:
 
     @property
     def expires_at(self) -> float | None:
-        return None if self.ttl_seconds is None else self.last_used_at + self.ttl_seconds
+        return None if self.ttl_seconds is None or self.pinned else self.last_used_at + self.ttl_seconds
 
     def __repr__(self) -> str:
         lengths = ",".join(str(length) for length in self.valid_length)

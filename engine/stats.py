@@ -21,6 +21,8 @@ class SessionInfo:
     bytes: int
     parent: str | None
     labels: dict[str, str]
+    ttl_seconds: float | None
+    pinned: bool
     created_at: float
     last_used_at: float
     expires_at: float | None

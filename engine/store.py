@@ -1,29 +1,42 @@
-"""Who is there: sessions by (tenant, id), tombstones of those that were, time to live. No blocks, no tensors."""
+"""Who is there: sessions by tenant and id, tombstones of those that were, time to live. No blocks, no tensors."""
 
 import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 from engine.errors import InvalidInput, QueueFull, SessionExists, SessionGone, SessionNotFound
+from engine.expiry import Expiry
 from engine.session import Sequence, Session, SessionState
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class SessionStore:
-    def __init__(self, max_sessions: int, tombstones: int, clock: Callable[[], float]) -> None:
-        self._sessions: dict[tuple[str, str], Session] = {}
-        self._tombstones: OrderedDict[tuple[str, str], str] = OrderedDict()
+    """A tombstone stays for `tombstone_seconds`; of more than `tombstones` the oldest go first."""
+
+    def __init__(
+        self, max_sessions: int, tombstones: int, clock: Callable[[], float], tombstone_seconds: float = 3600.0
+    ) -> None:
+        self._sessions: dict[str, dict[str, Session]] = {}
+        self._count = 0
+        self._expiry = Expiry()
+        self._tombstones: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()  # (reason, until)
         self._max_sessions = max_sessions
         self._max_tombstones = tombstones
+        self._tombstone_seconds = tombstone_seconds
         self._clock = clock
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return self._count
 
     def __iter__(self) -> Iterator[Session]:
-        return iter(self._sessions.values())
+        return chain.from_iterable(own.values() for own in self._sessions.values())
+
+    def of(self, tenant: str) -> list[Session]:
+        """Oldest first."""
+        return list(self._sessions.get(tenant, {}).values())
 
     def open(
         self,
@@ -34,20 +47,20 @@ class SessionStore:
         *,
         session_id: str | None = None,
         ttl_seconds: float | None = None,
+        pinned: bool = False,
         labels: dict[str, str] | None = None,
         parent: str | None = None,
     ) -> Session:
         """A new IDLE session. Raises InvalidInput, SessionExists, QueueFull (too many sessions)."""
-        if len(self._sessions) >= self._max_sessions:
+        if self._count >= self._max_sessions:
             raise QueueFull(f"there are {self._max_sessions} sessions already; delete one")
         if session_id is None:
             session_id = secrets.token_urlsafe(18)
         elif not ID_PATTERN.fullmatch(session_id):
             raise InvalidInput("id", "must match [A-Za-z0-9_-]{1,64}")
-        key = (tenant, session_id)
-        if key in self._sessions:
+        if session_id in self._sessions.get(tenant, {}):
             raise SessionExists(session_id)
-        self._tombstones.pop(key, None)
+        self._tombstones.pop((tenant, session_id), None)
         now = self._clock()
         session = Session(
             id=session_id,
@@ -58,39 +71,57 @@ class SessionStore:
             created_at=now,
             last_used_at=now,
             ttl_seconds=ttl_seconds,
+            pinned=pinned,
             labels=dict(labels or {}),
             parent=parent,
         )
-        self._sessions[key] = session
+        self._sessions.setdefault(tenant, {})[session_id] = session
+        self._count += 1
+        self._expiry.watch(session)
         return session
 
     def find(self, tenant: str, session_id: str) -> Session:
         """Raises SessionGone for one that was there (an expired one too, before it is swept), else SessionNotFound."""
-        key = (tenant, session_id)
-        session = self._sessions.get(key)
+        session = self._sessions.get(tenant, {}).get(session_id)
         if session is None:
-            reason = self._tombstones.get(key)
-            raise SessionNotFound if reason is None else SessionGone(reason)
+            reason, until = self._tombstones.get((tenant, session_id), ("", 0.0))
+            raise SessionGone(reason) if self._clock() < until else SessionNotFound
         if self._is_expired(session):
             raise SessionGone("expired")
         return session
 
     def close(self, session: Session, reason: str) -> None:
         """Takes it out and leaves a tombstone; its blocks are the caller's to free."""
-        key = (session.tenant, session.id)
-        del self._sessions[key]
+        own = self._sessions[session.tenant]
+        del own[session.id]
+        if not own:
+            del self._sessions[session.tenant]
+        self._count -= 1
+        self._expiry.forget(session)
         session.state = SessionState.CLOSED
         session.closed_reason = reason
-        self._tombstones[key] = reason
-        while len(self._tombstones) > self._max_tombstones:
-            self._tombstones.popitem(last=False)
+        now = self._clock()
+        self._tombstones[session.tenant, session.id] = (reason, now + self._tombstone_seconds)
+        while self._tombstones:
+            key, (_, until) = next(iter(self._tombstones.items()))
+            if until > now and len(self._tombstones) <= self._max_tombstones:
+                break
+            del self._tombstones[key]
 
     def expired(self) -> list[Session]:
-        """Sessions past their time to live. A running one is in use and does not expire."""
-        return [session for session in self._sessions.values() if self._is_expired(session)]
+        """Sessions past their time to live, which are the caller's to close. A running one is in use and does not
+        expire."""
+        return self._expiry.due(self._clock())
+
+    @property
+    def next_expiry(self) -> float | None:
+        """When to ask for `expired` again, or None."""
+        return self._expiry.next
 
     def touch(self, session: Session) -> None:
+        """A use: its time to live begins anew, as it is now."""
         session.last_used_at = self._clock()
+        self._expiry.watch(session)
 
     def _is_expired(self, session: Session) -> bool:
         expires_at = session.expires_at

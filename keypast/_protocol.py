@@ -257,6 +257,12 @@ def post(path: str, request: BaseModel, model: type[Model], if_match: int | None
     return Call("POST", path, parse_model(model), {}, _headers(wire.JSON_TYPE, wire.JSON_TYPE, if_match), body)
 
 
+def patch(path: str, request: BaseModel, model: type[Model], if_match: int | None = None) -> Call[Model]:
+    """A merge patch: what was given as None is sent as null."""
+    body = to_json(request.model_dump(exclude_unset=True))
+    return Call("PATCH", path, parse_model(model), {}, _headers(wire.JSON_TYPE, wire.JSON_TYPE, if_match), body)
+
+
 def session_path(session_id: str, verb: str = "") -> str:
     return f"/v1/sessions/{quote(session_id, safe='')}" + (f"/{verb}" if verb else "")
 

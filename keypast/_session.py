@@ -63,7 +63,17 @@ class SessionOptions(TypedDict, total=False):
     batch_size: int
     max_length: int
     ttl_seconds: float
+    pinned: bool
     labels: dict[str, str]
+
+
+class SessionChanges(Expectation, total=False):
+    """The keywords of `update`; what is left out stays. `ttl_seconds` None: for ever. A label of None is taken away,
+    labels of None are all taken away."""
+
+    ttl_seconds: float | None
+    pinned: bool
+    labels: dict[str, str | None] | None
 
 
 class SessionFilter(TypedDict, total=False):
@@ -161,6 +171,12 @@ class SessionCore:
         request = _protocol.request_of(schemas.TruncateRequest, {"length": length})
         path = _protocol.session_path(self.id, "truncate")
         return _protocol.post(path, request, SessionView, self._if_match({**expectation})).then(self._seen)
+
+    def _update(self, changes: SessionChanges) -> Call[None]:
+        fields: dict[str, Any] = dict(changes)
+        if_match = self._if_match(fields)
+        request = _protocol.request_of(schemas.UpdateSession, fields)
+        return _protocol.patch(_protocol.session_path(self.id), request, SessionView, if_match).then(self._seen)
 
     def _past(self, expectation: Expectation) -> Call[Past]:
         return _protocol.get_past(self.id, self._if_match({**expectation})).then(self._exported)

@@ -17,7 +17,15 @@ import httpx
 
 from keypast import _protocol, _session
 from keypast._protocol import AppendResult, Call, Response, Retries, transport_error
-from keypast._session import AppendInputs, Expectation, GenerateOptions, SessionCore, SessionFilter, SessionOptions
+from keypast._session import (
+    AppendInputs,
+    Expectation,
+    GenerateOptions,
+    SessionChanges,
+    SessionCore,
+    SessionFilter,
+    SessionOptions,
+)
 from keypast._stream import StreamReader, Token
 from keypast.errors import KeypastError, StreamBroken
 from keypast.past import Past
@@ -221,6 +229,10 @@ class AsyncSession(SessionCore):
     async def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
         """Rolls back to an earlier length, one int or one a row."""
         await self._client.send(self._truncate(length, expectation))
+
+    async def update(self, **changes: Unpack[SessionChanges]) -> None:
+        """Time to live, pin and labels; the version stays. Raises PreconditionFailed, QuotaExceeded, and the rest."""
+        await self._client.send(self._update(changes))
 
     async def past(self, **expectation: Unpack[Expectation]) -> Past:
         """The session's keys and values as arrays; the session stays as it is."""

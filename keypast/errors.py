@@ -20,6 +20,7 @@
         ├── PreconditionFailed     412     (`version`, `valid_length`: the session as it is)
         ├── Refused                429 503: not now, and nothing was applied     (`retry_after` seconds)
         │   ├── QueueFull          too many appends wait
+        │   ├── QuotaExceeded      the caller has what its quota allows
         │   ├── PoolExhausted      no blocks came free in time
         │   └── Unavailable        loading, draining or down
         └── ServerError            500 and the rest
@@ -139,6 +140,10 @@ class QueueFull(Refused):
     """Too many appends wait."""
 
 
+class QuotaExceeded(Refused):
+    """The caller holds, or does, as much as its quota allows."""
+
+
 class PoolExhausted(Refused):
     """No blocks came free before the deadline."""
 
@@ -172,6 +177,7 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.INVALID_INPUT: InvalidInput,
     Code.LENGTH_EXCEEDED: LengthExceeded,
     Code.QUEUE_FULL: QueueFull,
+    Code.QUOTA_EXCEEDED: QuotaExceeded,
     Code.POOL_EXHAUSTED: PoolExhausted,
     Code.NOT_READY: Unavailable,
     Code.ENGINE_STOPPED: Unavailable,

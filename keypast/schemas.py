@@ -47,6 +47,7 @@ class Code(StrEnum):
     INVALID_INPUT = "invalid_input"  # 422
     LENGTH_EXCEEDED = "length_exceeded"  # 422
     QUEUE_FULL = "queue_full"  # 429
+    QUOTA_EXCEEDED = "quota_exceeded"  # 429
     POOL_EXHAUSTED = "pool_exhausted"  # 429
     MODEL_FAILED = "model_failed"  # 500
     INTERNAL = "internal"  # 500
@@ -116,8 +117,26 @@ class CreateSession(Request):
     id: str | None = Field(default=None, pattern=SESSION_ID_PATTERN, description="minted, unguessable, when left out")
     batch_size: int = Field(default=1, ge=1, le=MAX_ROWS)
     max_length: Positive | None = Field(default=None, description="positions a row; default: the model's own")
-    ttl_seconds: float | None = Field(default=None, gt=0, le=MAX_TTL_SECONDS, description="since the last use")
+    ttl_seconds: float | None = Field(
+        default=None, gt=0, le=MAX_TTL_SECONDS, description="since the last use, which a read is not; null: for ever"
+    )
+    pinned: bool = Field(default=False, description="never expires and is never evicted; how many may be, is a quota")
     labels: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=32)
+
+
+class UpdateSession(Request):
+    """A merge patch (RFC 7396): what is left out stays as it is, null goes back to the default. It is a use, so the
+    session's time to live begins anew; it is no commit, so the version stays."""
+
+    model_config = _with(Request.model_config, {"ttl_seconds": 3600, "labels": {"team": "a", "draft": None}})
+
+    ttl_seconds: float | None = Field(
+        default=None, gt=0, le=MAX_TTL_SECONDS, description="since the last use; null: for ever"
+    )
+    pinned: bool | None = Field(default=None, description="never expires and is never evicted; null: false")
+    labels: dict[LabelKey, LabelValue | None] | None = Field(
+        default=None, max_length=64, description="null takes a label away; null for labels takes all away"
+    )
 
 
 class ListSessions(BaseModel):
@@ -240,6 +259,8 @@ class SessionView(Reply):
             "shared_blocks": 0,
             "parent": None,
             "labels": {},
+            "ttl_seconds": 600,
+            "pinned": False,
             "created_at": "2026-01-01T00:00:00Z",
             "last_used_at": "2026-01-01T00:00:01Z",
             "expires_at": "2026-01-01T00:10:01Z",
@@ -259,8 +280,10 @@ class SessionView(Reply):
     shared_blocks: int = Field(description="those of `blocks` that another session holds too")
     parent: str | None = Field(default=None, description="the session that this one was forked from")
     labels: dict[str, str] = Field(default_factory=dict)
+    ttl_seconds: float | None = None
+    pinned: bool = False
     created_at: AwareDatetime
-    last_used_at: AwareDatetime
+    last_used_at: AwareDatetime = Field(description="a read is no use")
     expires_at: AwareDatetime | None = Field(default=None, description="null: never")
 
 
@@ -512,7 +535,7 @@ class Problem(Reply):
     instance: str | None = None
     code: str
     field: str | None = Field(default=None, description="the input that is wrong")
-    reason: str | None = Field(default=None, description="why the session is gone: deleted or expired")
+    reason: str | None = Field(default=None, description="why the session is gone: deleted, expired or evicted")
     version: int | None = None
     valid_length: list[int] | None = None
     retry_after: float | None = Field(default=None, description="seconds; the Retry-After header rounded up")

@@ -38,6 +38,7 @@ Form = Literal["flat", "nested", "base64", "safetensors"]
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 JSON_TYPE = "application/json"
+MERGE_PATCH_TYPE = "application/merge-patch+json"
 SAFETENSORS_TYPE = "application/vnd.safetensors"
 MAX_HEADER_BYTES = 1 << 18  # of a safetensors file; ours hold a few names
 

@@ -16,9 +16,13 @@ Model = TypeVar("Model", bound=BaseModel)
 LARGE = 4 << 20  # bytes whose joining is worth a thread; it lets go of the interpreter meanwhile
 
 
-async def read_json(request: Request, model: type[Model], limit: int) -> Model:
-    """A body that can only be JSON. Raises WireError and its children, BodyTooLarge, ReaderGone."""
-    if is_safetensors(request.headers.get("content-type")):
+async def read_json(request: Request, model: type[Model], limit: int, own_type: str | None = None) -> Model:
+    """A body that can only be JSON, also under a media type of its own.
+
+    Raises WireError and its children, BodyTooLarge, ReaderGone.
+    """
+    named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if named != own_type and is_safetensors(request.headers.get("content-type")):
         raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for tensors only; send {JSON_TYPE}")
     return validated(model, await read_body(request, limit))
 

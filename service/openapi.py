@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from keypast import schemas
-from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE
+from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, SAFETENSORS_TYPE
 from service.errors import PROBLEM_TYPE
 
 Documented = dict[int | str, dict[str, Any]]
@@ -24,7 +24,7 @@ _MEANINGS = {
     413: "The body is too large.",
     415: "Neither JSON nor safetensors.",
     422: "A value, shape or dtype is wrong, or too long; `field` names it.",
-    429: "Too much waits, or no memory came free; try again after `Retry-After`. Nothing was done.",
+    429: "A quota is used up, too much waits, or no memory came free; try again after `Retry-After`. Nothing was done.",
     500: "The model failed; the session is as before.",
     503: "Loading, draining or down; try again after `Retry-After`. Nothing was done.",
 }
@@ -73,6 +73,12 @@ def problems(*statuses: int) -> Documented:
 
 def json_request(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON_TYPE: {"schema": ref(model)}}}}
+
+
+def patch_request(model: type[BaseModel]) -> dict[str, Any]:
+    document = json_request(model)
+    document["requestBody"]["content"][MERGE_PATCH_TYPE] = {"schema": ref(model)}
+    return {**document, "parameters": [IF_MATCH]}
 
 
 def append_request(model: type[BaseModel]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # A module belongs to the longest prefix that fits. It may import its own layer and the ones listed.
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
-    "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation": (
+    "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
+    " engine.expiry engine.tenants": (
         "L1",
         "L0",
     ),

@@ -1,4 +1,4 @@
-"""Sessions: create, list, read, delete, fork, truncate. Nothing is computed here."""
+"""Sessions: create, list, read, change, delete, fork, truncate. Nothing is computed here."""
 
 import base64
 import binascii
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from engine.batch import Truncate
 from engine.errors import InvalidInput
+from engine.session import SessionChanges
 from engine.stats import SessionInfo
 from keypast.schemas import (
     CreateSession,
@@ -19,12 +20,13 @@ from keypast.schemas import (
     SessionPage,
     SessionView,
     TruncateRequest,
+    UpdateSession,
 )
-from keypast.wire import JSON_TYPE, etag, parse_if_match
+from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, etag, parse_if_match
 from service.auth import Tenant
 from service.lifecycle import service_of
 from service.limits import read_json
-from service.openapi import IF_MATCH, VERSION_HEADERS, json_request, problems, reply
+from service.openapi import IF_MATCH, VERSION_HEADERS, json_request, patch_request, problems, reply
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], default_response_class=Response)
 
@@ -51,6 +53,7 @@ async def create_session(request: Request, tenant: Tenant) -> Response:
         batch_size=wanted.batch_size,
         max_length=wanted.max_length,
         ttl_seconds=wanted.ttl_seconds,
+        pinned=wanted.pinned,
         labels=wanted.labels,
     )
     return session_response(info, 201, {"Location": f"/v1/sessions/{info.id}"})
@@ -77,6 +80,30 @@ async def get_session(request: Request, session_id: str, tenant: Tenant) -> Resp
     """The session as it is now."""
     expected = parse_if_match(request.headers.get("if-match"))
     return session_response(service_of(request).engine.session(session_id, tenant, expected_version=expected))
+
+
+@router.patch(
+    "/{session_id}",
+    openapi_extra=patch_request(UpdateSession),
+    responses={
+        200: reply(SessionView, "The session, changed.", VERSION_HEADERS),
+        **problems(400, 404, 410, 412, 413, 415, 422, 429, 503),
+    },
+)
+async def update_session(request: Request, session_id: str, tenant: Tenant) -> Response:
+    """Time to live, pin and labels. No commit: the version stays."""
+    service = service_of(request)
+    wanted = await read_json(request, UpdateSession, service.settings.max_body_bytes, MERGE_PATCH_TYPE)
+    expected = parse_if_match(request.headers.get("if-match"))
+    changes: SessionChanges = {}
+    if "ttl_seconds" in wanted.model_fields_set:
+        changes["ttl_seconds"] = wanted.ttl_seconds
+    if "pinned" in wanted.model_fields_set:
+        changes["pinned"] = bool(wanted.pinned)
+    if "labels" in wanted.model_fields_set:
+        changes["labels"] = wanted.labels
+    info = service.engine.update_session(session_id, tenant, expected_version=expected, **changes)
+    return session_response(info)
 
 
 @router.delete(
@@ -155,6 +182,8 @@ def _view(info: SessionInfo) -> SessionView:
         shared_blocks=info.shared_blocks,
         parent=info.parent,
         labels=info.labels,
+        ttl_seconds=info.ttl_seconds,
+        pinned=info.pinned,
         created_at=_time(info.created_at),
         last_used_at=_time(info.last_used_at),
         expires_at=None if info.expires_at is None else _time(info.expires_at),

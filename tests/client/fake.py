@@ -29,6 +29,7 @@ STATUS = {
     Code.INVALID_INPUT: 422,
     Code.UNSUPPORTED_MEDIA_TYPE: 415,
     Code.QUEUE_FULL: 429,
+    Code.QUOTA_EXCEEDED: 429,
     Code.POOL_EXHAUSTED: 429,
     Code.NOT_READY: 503,
     Code.ENGINE_STOPPED: 503,
@@ -70,6 +71,8 @@ class FakeSession:
     max_length: int
     parent: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    ttl_seconds: float | None = None
+    pinned: bool = False
     version: int = 0
 
     @property
@@ -92,6 +95,8 @@ class FakeSession:
                 "shared_blocks": 0 if self.parent is None else 1,
                 "parent": self.parent,
                 "labels": self.labels,
+                "ttl_seconds": self.ttl_seconds,
+                "pinned": self.pinned,
                 "created_at": NOW,
                 "last_used_at": NOW,
             }
@@ -195,6 +200,7 @@ class FakeService:
             return problem(Code.MOVED, "moved", version=session.version, valid_length=session.lengths)
         verbs: dict[str, Callable[[httpx.Request, FakeSession], httpx.Response]] = {
             "GET": lambda _, session: reply(session.view()),
+            "PATCH": self._update,
             "DELETE": self._delete,
             "prefill": self._append,
             "step": self._append,
@@ -347,6 +353,20 @@ class FakeService:
         lengths = length if isinstance(length, list) else [length] * len(session.rows)
         session.rows = [row[:end] for row, end in zip(session.rows, lengths, strict=True)]
         session.version += 1
+        return reply(session.view())
+
+    def _update(self, request: httpx.Request, session: FakeSession) -> httpx.Response:
+        """RFC 7396, to the letter."""
+        for name, value in json.loads(request.content).items():
+            if name == "ttl_seconds":
+                session.ttl_seconds = value
+            elif name == "pinned":
+                session.pinned = bool(value)
+            elif value is None:
+                session.labels = {}
+            else:
+                for key, text in value.items():
+                    session.labels.pop(key, None) if text is None else session.labels.update({key: text})
         return reply(session.view())
 
     def _export(self, _: httpx.Request, session: FakeSession) -> httpx.Response:

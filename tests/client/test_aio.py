@@ -88,6 +88,12 @@ async def test_a_broken_stream_says_so(client: AsyncClient, service: FakeService
         await session.generate(stream=True)
 
 
+async def test_an_update_is_a_merge_patch(client: AsyncClient) -> None:
+    session = await client.sessions.create("decoder", labels={"a": "1"})
+    await session.update(ttl_seconds=60, labels={"a": None, "c": "3"})
+    assert (session.view.labels, session.view.ttl_seconds, session.version) == ({"c": "3"}, 60, 0)
+
+
 async def test_a_past_goes_from_session_to_session(client: AsyncClient) -> None:
     session, copy = [await client.sessions.create("decoder") for _ in range(2)]
     await session.prefill(text="abc")

@@ -172,6 +172,16 @@ def test_forks(client: Client) -> None:
         session.fork(0)
 
 
+def test_an_update_is_a_merge_patch(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder", labels={"a": "1", "b": "2"})
+    session.update(ttl_seconds=60, pinned=True, labels={"a": None, "c": "3"}, expect_version=True)
+    assert service.requests[-1].headers["If-Match"] == '"0"'
+    assert (session.view.labels, session.view.ttl_seconds, session.view.pinned) == ({"b": "2", "c": "3"}, 60, True)
+    session.update(ttl_seconds=None, labels=None)
+    assert service.requests[-1].content == b'{"ttl_seconds":null,"labels":null}'
+    assert (session.view.labels, session.view.ttl_seconds, session.view.pinned, session.version) == ({}, None, True, 0)
+
+
 def test_expectations(client: Client, service: FakeService) -> None:
     session = client.sessions.create("decoder", id="s")
     client.sessions.get("s").prefill(text="ab")

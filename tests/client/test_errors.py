@@ -21,6 +21,7 @@ LEAVES = {
     Code.INVALID_INPUT: errors.InvalidInput,
     Code.UNSUPPORTED_MEDIA_TYPE: errors.InvalidInput,
     Code.QUEUE_FULL: errors.QueueFull,
+    Code.QUOTA_EXCEEDED: errors.QuotaExceeded,
     Code.POOL_EXHAUSTED: errors.PoolExhausted,
     Code.NOT_READY: errors.Unavailable,
     Code.ENGINE_STOPPED: errors.Unavailable,

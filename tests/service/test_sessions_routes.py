@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine.config import Quota
 from keypast.schemas import ForkReply, ModelList, Receipt, SessionPage, SessionView
 from tests.service.conftest import Running, Start
 from tests.service.fakes import H, Kind
@@ -170,3 +171,58 @@ async def test_too_many_sessions_is_429(start: Start) -> None:
         await running.client.post(f"/v1/sessions/{parent}/fork", json={}),
     ):
         assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (429, "queue_full", "1")
+
+
+async def test_patch_is_a_merge_patch(running: Running) -> None:
+    session_id = await running.session("echo", ttl_seconds=60.0, labels={"a": "1", "b": "2"})
+    path = f"/v1/sessions/{session_id}"
+    reply = await running.client.patch(
+        path,
+        content=b'{"labels": {"a": null, "c": "3"}, "pinned": true}',
+        headers={"content-type": "application/merge-patch+json", "if-match": '"0"'},
+    )
+    view = SessionView.model_validate_json(reply.content)
+    assert (reply.status_code, reply.headers["etag"], view.version) == (200, '"0"', 0)
+    assert (view.labels, view.ttl_seconds, view.pinned, view.expires_at) == ({"b": "2", "c": "3"}, 60, True, None)
+    reply = await running.client.patch(path, json={"pinned": None, "labels": None})
+    view = SessionView.model_validate_json(reply.content)
+    assert (view.labels, view.ttl_seconds, view.pinned) == ({}, 60, False)
+    assert view.expires_at is not None
+    reply = await running.client.patch(path, json={"ttl_seconds": None})
+    assert reply.json()["expires_at"] is None
+    assert (await running.client.get(path)).json() == reply.json()
+
+
+async def test_a_patch_that_does_not_hold_changes_nothing(running: Running) -> None:
+    session_id = await running.session("echo", labels={"a": "1"})
+    path = f"/v1/sessions/{session_id}"
+    before = (await running.client.get(path)).json()
+    for body, field in (
+        ({"ttl_seconds": 0}, "ttl_seconds"),
+        ({"ttl_seconds": -1}, "ttl_seconds"),
+        ({"ttl_seconds": 1e300}, "ttl_seconds"),
+        ({"ttl_seconds": "5"}, "ttl_seconds"),
+        ({"ttl_seconds": True}, "ttl_seconds"),
+        ({"pinned": 1}, "pinned"),
+        ({"labels": {"b": 2}}, "labels.b"),
+        ({"labels": {str(n): "" for n in range(32)}}, "labels"),
+        ({"model": "letters"}, "model"),
+    ):
+        reply = await running.client.patch(path, json={**body, "labels": body.get("labels", {"b": "2"})})
+        assert (reply.status_code, reply.json()["field"]) == (422, field)
+    moved = await running.client.patch(path, json={"pinned": True}, headers={"if-match": '"7"'})
+    assert (moved.status_code, moved.json()["version"]) == (412, 0)
+    assert (await running.client.get(path)).json() == before
+    assert (await running.client.patch("/v1/sessions/nobody", json={})).status_code == 404
+
+
+async def test_pins_beyond_the_quota_are_429(start: Start) -> None:
+    running = await start(quota=Quota(pinned=1))
+    await running.session("echo", pinned=True)
+    other = await running.session("echo")
+    for reply in (
+        await running.client.post("/v1/sessions", json={"model": "echo", "pinned": True}),
+        await running.client.patch(f"/v1/sessions/{other}", json={"pinned": True}),
+    ):
+        assert (reply.status_code, reply.json()["code"]) == (429, "quota_exceeded")
+        assert int(reply.headers["retry-after"]) >= 1
