@@ -41,6 +41,7 @@ class EngineConfig:
     max_sessions: int = 65536
     tombstones: int = 65536  # gone sessions that still answer 410
     tombstone_seconds: float = 3600.0  # for so long
+    event_ring: int = 4096  # events of each tenant that can still be told
     max_past_bytes: int = 1 << 30  # of one exported past
     quota: Quota = Quota()  # of a tenant that has none of its own in `quotas`
     quotas: Mapping[str, Quota] = field(default_factory=dict)

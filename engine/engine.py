@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from engine.admission import (
     check_inputs,
@@ -51,6 +51,7 @@ from engine.errors import (
     SessionGone,
     WrongState,
 )
+from engine.events import EventLog
 from engine.gather import Gather
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
@@ -66,6 +67,8 @@ from engine.tenants import Tenants, counts_by_tenant
 MAX_BATCH_SIZE = 1024
 MAX_FORKS = 256
 
+Closing = Literal["deleted", "expired", "evicted"]
+
 
 class Engine:
     def __init__(self, runners: Iterable[Runner], config: EngineConfig, clock: Callable[[], float] = time.time) -> None:
@@ -80,6 +83,7 @@ class Engine:
         self._seconds = 0.1  # that an append takes, a moving average
         self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
         self._tenants = Tenants(config.quota, config.quotas, clock)
+        self.events = EventLog(config.event_ring, clock)
         self._served: dict[str, Served] = {}
         for runner in runners:
             scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
@@ -128,6 +132,8 @@ class Engine:
                 labels=labels,
             )
             self._tenants.add(tenant, sessions=1, pinned=int(pinned))
+            self.events.emit("created", session)
+            self._tell()  # its end may be the next to come
             return self._info(session)
 
     def session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> SessionInfo:
@@ -375,6 +381,9 @@ class Engine:
                 sequence.tail = work.results[index][-1].tail
         if work.changes:
             session.version += 1
+            self.events.emit("committed" if work.transfer is None else "imported", session)
+        elif work.transfer is not None:
+            self.events.emit("exported", session)
         if work.transfer != "read_past":
             self._store.touch(session)
         served.scheduler.remove(work)
@@ -531,6 +540,7 @@ class Engine:
                 del sequence.history[length:]
                 served.scheduler.cut(sequence, length)
         session.version += 1
+        self.events.emit("truncated", session)
         self._store.touch(session)
 
     def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
@@ -553,13 +563,16 @@ class Engine:
         )
         for sequence in sequences:
             served.pool.share(sequence.block_table)
+        self.events.emit("forked", child)
+        self._tell()
         return child
 
-    def _close(self, session: Session, reason: str) -> Receipt:
+    def _close(self, session: Session, reason: Closing) -> Receipt:
         served = self._served[session.model]
         positions = sum(session.valid_length)
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
         self._store.close(session, reason)
+        self.events.emit(reason, session)
         self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))
         freed = served.pool.release(blocks)
         while session.waiting:

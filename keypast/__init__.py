@@ -4,8 +4,8 @@ from importlib.metadata import version
 
 from keypast._protocol import AppendResult, Retries
 from keypast._stream import Token
-from keypast.aio import AsyncClient, AsyncSession, AsyncTokenStream
-from keypast.client import Client, Session, TokenStream
+from keypast.aio import AsyncClient, AsyncEventFeed, AsyncSession, AsyncTokenStream
+from keypast.client import Client, EventFeed, Session, TokenStream
 from keypast.errors import (
     Conflict,
     ConnectFailed,
@@ -34,18 +34,22 @@ from keypast.errors import (
     WrongState,
 )
 from keypast.past import Past
+from keypast.schemas import Event
 
 __version__ = version("keypast")
 
 __all__ = [
     "AppendResult",
     "AsyncClient",
+    "AsyncEventFeed",
     "AsyncSession",
     "AsyncTokenStream",
     "Client",
     "Conflict",
     "ConnectFailed",
     "Denied",
+    "Event",
+    "EventFeed",
     "InvalidInput",
     "KeypastError",
     "LengthExceeded",

@@ -216,6 +216,12 @@ def delete_session(session_id: str, if_match: int | None = None) -> Call[Receipt
     return Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt), headers=headers)
 
 
+def events(after: str | None) -> Call[None]:
+    """Its `parse` only checks the status; the body is for an EventReader."""
+    headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": after})
+    return Call("GET", "/v1/events", _protocol.check, headers=headers)
+
+
 READY = Call("GET", "/readyz", _protocol.parse_ready)
 MODELS = _protocol.get("/v1/models", schemas.ModelList).then(lambda reply: reply.data)
 CAPACITY = _protocol.get("/v1/capacity", schemas.Capacity)

@@ -1,4 +1,4 @@
-"""Server-sent events: bytes in, tokens out. No I/O: the sync and the async shell feed the same reader."""
+"""Server-sent events: bytes in, tokens or events out. No I/O: the sync and the async shell feed the same reader."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from keypast import wire
 from keypast.errors import KeypastError, ProtocolError, StreamBroken, from_problem
-from keypast.schemas import Code, ErrorBody, Problem, StreamEnd, StreamToken
+from keypast.schemas import Code, ErrorBody, Event, Problem, StreamEnd, StreamToken
 
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
@@ -99,6 +99,30 @@ class StreamReader:
     def _token(self, event: StreamToken) -> Token:
         self._moved(event.version, event.valid_length)
         return Token(event.token_ids, event.text, event.valid_length, event.version, event.logprobs)
+
+
+class EventReader:
+    """Of `GET /v1/events`; `last_id` is that of the last event read. The stream may end at any time."""
+
+    def __init__(self, last_id: str | None) -> None:
+        self.last_id = last_id
+        self._events = EventParser()
+
+    def feed(self, chunk: bytes) -> Iterator[Event]:
+        """Raises what an error event says; ProtocolError for an event of no known form."""
+        for data in self._events.feed(chunk):
+            event = _sent(data)
+            self.last_id = event.id
+            yield event
+
+
+def _sent(data: str) -> Event:
+    try:
+        if "error" in (event := json.loads(data)):
+            raise _event_error(data, event)
+        return wire.validated(Event, data.encode())
+    except (ValueError, TypeError):
+        raise ProtocolError(f"not an event: {data[:200]}") from None
 
 
 def _held_back(end: StreamEnd) -> Token | None:

@@ -26,10 +26,10 @@ from keypast._session import (
     SessionFilter,
     SessionOptions,
 )
-from keypast._stream import StreamReader, Token
+from keypast._stream import EventReader, StreamReader, Token
 from keypast.errors import KeypastError, StreamBroken
 from keypast.past import Past
-from keypast.schemas import Capacity, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
+from keypast.schemas import Capacity, Event, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
 
 T = TypeVar("T")
 
@@ -78,6 +78,11 @@ class AsyncClient:
 
     async def capacity(self) -> Capacity:
         return await self.send(_session.CAPACITY)
+
+    async def events(self, after: str | None = None) -> "AsyncEventFeed":
+        """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.
+        An event of type `gap` says that some were missed."""
+        return AsyncEventFeed(await self.stream(_session.events(after)), EventReader(after))
 
     async def ready(self) -> bool:
         """False while the service loads, drains or is down; raises ConnectFailed when there is none."""
@@ -291,3 +296,42 @@ async def _tokens(response: httpx.Response, reader: StreamReader) -> AsyncGenera
             if not reader.done:
                 raise StreamBroken(f"the stream broke off: {str(error) or type(error).__name__}") from error
         reader.finish()
+
+
+class AsyncEventFeed(AsyncIterator[Event]):
+    """The events of one `client.events()`. `last_id` is what resumes it: `client.events(feed.last_id)`.
+
+    It ends when the service stops; a connection that breaks raises StreamBroken. Leave it by `aclose` or `async with`.
+    """
+
+    def __init__(self, response: httpx.Response, reader: EventReader) -> None:
+        self._response = response
+        self._reader = reader
+        self._events = _events(response, reader)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    async def __anext__(self) -> Event:
+        return await anext(self._events)
+
+    @property
+    def last_id(self) -> str | None:
+        return self._reader.last_id
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+        await self._response.aclose()
+
+
+async def _events(response: httpx.Response, reader: EventReader) -> AsyncGenerator[Event, None]:
+    async with aclosing(response):
+        try:
+            async for chunk in response.aiter_bytes():
+                for event in reader.feed(chunk):
+                    yield event
+        except httpx.RequestError as error:
+            raise StreamBroken(f"the events broke off: {str(error) or type(error).__name__}") from error

@@ -25,10 +25,10 @@ from keypast._session import (
     SessionFilter,
     SessionOptions,
 )
-from keypast._stream import StreamReader, Token
+from keypast._stream import EventReader, StreamReader, Token
 from keypast.errors import KeypastError, StreamBroken
 from keypast.past import Past
-from keypast.schemas import Capacity, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
+from keypast.schemas import Capacity, Event, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
 
 T = TypeVar("T")
 
@@ -77,6 +77,11 @@ class Client:
 
     def capacity(self) -> Capacity:
         return self.send(_session.CAPACITY)
+
+    def events(self, after: str | None = None) -> "EventFeed":
+        """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.
+        An event of type `gap` says that some were missed."""
+        return EventFeed(self.stream(_session.events(after)), EventReader(after))
 
     def ready(self) -> bool:
         """False while the service loads, drains or is down; raises ConnectFailed when there is none."""
@@ -281,3 +286,41 @@ def _tokens(response: httpx.Response, reader: StreamReader) -> Generator[Token, 
             if not reader.done:
                 raise StreamBroken(f"the stream broke off: {str(error) or type(error).__name__}") from error
         reader.finish()
+
+
+class EventFeed(Iterator[Event]):
+    """The events of one `client.events()`. `last_id` is what resumes it: `client.events(feed.last_id)`.
+
+    It ends when the service stops; a connection that breaks raises StreamBroken. Leave it by `close` or `with`.
+    """
+
+    def __init__(self, response: httpx.Response, reader: EventReader) -> None:
+        self._response = response
+        self._reader = reader
+        self._events = _events(response, reader)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    @property
+    def last_id(self) -> str | None:
+        return self._reader.last_id
+
+    def close(self) -> None:
+        self._events.close()
+        self._response.close()
+
+
+def _events(response: httpx.Response, reader: EventReader) -> Generator[Event, None, None]:
+    with closing(response):
+        try:
+            for chunk in response.iter_bytes():
+                yield from reader.feed(chunk)
+        except httpx.RequestError as error:
+            raise StreamBroken(f"the events broke off: {str(error) or type(error).__name__}") from error

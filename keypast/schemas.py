@@ -311,6 +311,35 @@ class Receipt(Reply):
     blocks_still_shared: int
 
 
+class Event(Reply):
+    """Something that happened to a session, told by its id, its length and its version after it. `type` is created,
+    committed, forked (this session was, from `parent`), truncated, imported, exported, evicted, expired or deleted; or
+    gap, of no session: events are missing here, so look at the sessions again."""
+
+    model_config = _with(
+        Reply.model_config,
+        {
+            "id": "5f1c09ab-17",
+            "type": "committed",
+            "at": "2026-01-01T00:00:01Z",
+            "session_id": "q3mZt0cVbLw",
+            "model": "attention",
+            "version": 1,
+            "valid_length": [5],
+        },
+    )
+
+    id: str = Field(description="for `Last-Event-ID`")
+    type: str
+    at: AwareDatetime | None = None
+    session_id: str | None = None
+    model: str | None = None
+    version: int | None = None
+    valid_length: list[int] | None = None
+    parent: str | None = None
+    lost: int | None = Field(default=None, description="of a gap: how many; null: nobody can say")
+
+
 class Timings(Reply):
     """Milliseconds: waiting for a turn, and on the device."""
 

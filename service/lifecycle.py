@@ -19,6 +19,7 @@ from engine.engine import Engine
 from service.errors import NotReady
 from service.settings import Settings
 from service.text import TextModel
+from service.watching import Watching
 from service.worker import EngineWorker
 
 Progress = Callable[[str], None]
@@ -46,6 +47,7 @@ class Service:
         self.loaded_at = 0.0
         self._load = load
         self._worker: EngineWorker | None = None
+        self._watching: Watching | None = None
         self._texts: Mapping[str, TextModel] = {}
         self._settled = asyncio.Event()
         self._error: BaseException | None = None
@@ -71,6 +73,13 @@ class Service:
         if self._worker is None:
             raise NotReady("the models are not loaded; nothing was applied")
         return self._worker
+
+    @property
+    def watching(self) -> Watching:
+        """Raises NotReady."""
+        if self._watching is None:
+            self._watching = Watching(self.engine.events, self.worker.ended, self.settings.max_event_streams)
+        return self._watching
 
     @property
     def engine(self) -> Engine:

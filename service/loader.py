@@ -63,6 +63,7 @@ def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable
         wait_seconds=settings.wait_seconds,
         max_sessions=settings.max_sessions,
         max_past_bytes=settings.max_past_bytes,
+        event_ring=settings.event_ring,
     )
     texts = {
         name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None

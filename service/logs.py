@@ -35,7 +35,7 @@ PROBES = {"/livez", "/readyz", "/health"}  # asked every few seconds, and of no 
 class RequestLog:
     """The outermost layer: gives each request its id, answers what nobody caught, and writes the line.
 
-    A HEAD request runs as GET; the server leaves out the body.
+    A HEAD request runs as GET; the server leaves out the body. What never ends looks at `only_head`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -49,7 +49,7 @@ class RequestLog:
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         method = scope["method"]
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id, "only_head": method == "HEAD"}
         header = (b"x-request-id", request_id.encode())
         status = 0
 

@@ -37,6 +37,13 @@ IF_MATCH = {
     "description": 'The version expected, as `ETag` gave it: `"3"`.',
     "schema": {"type": "string"},
 }
+LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "required": False,
+    "description": "The `id` of the last event that was read; the stream goes on after it.",
+    "schema": {"type": "string"},
+}
 VERSION_HEADERS = {"ETag": {"description": 'The session\'s version, quoted: `"3"`.', "schema": {"type": "string"}}}
 APPEND_HEADERS = VERSION_HEADERS | {
     name: {"description": f"`{field}`, for those who do not read the body.", "schema": {"type": "string"}}

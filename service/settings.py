@@ -68,6 +68,11 @@ class Settings(BaseSettings):
     max_waiting_per_session: int = Field(default=16, ge=1, description="appends that may wait on one session")
     wait_seconds: float = Field(default=30.0, gt=0, description="an append that got no blocks by then is refused")
 
+    event_ring: int = Field(
+        default=4096, ge=1, le=1 << 20, description="events of each tenant that a reader who comes back still gets"
+    )
+    max_event_streams: int = Field(default=16, ge=1, description="event streams that a tenant may have open")
+
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
     ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")

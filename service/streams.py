@@ -22,18 +22,23 @@ def event(json: str) -> bytes:
     return f"data: {json}\n\n".encode()
 
 
+def named_event(event_id: str, name: str, json: str) -> bytes:
+    return f"id: {event_id}\nevent: {name}\ndata: {json}\n\n".encode()
+
+
 class EventStream(Response):
     """Sends what `events` gives; an error on the way is told as the last event, since the status is out already.
 
-    `events` is closed when the reader leaves, and always.
+    `events` is closed when the reader leaves, and always. `end` is sent after the last.
     """
 
     media_type = EVENT_STREAM
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes], end: bytes = DONE) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # nobody may hold it back
         del self.headers["content-length"]
         self._events = events
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -47,7 +52,7 @@ class EventStream(Response):
                 problem = problem_of(error, scope["path"], scope["state"]["request_id"])
                 body = f'{{"error":{problem.error.model_dump_json(exclude_none=True)}}}'
                 await send({"type": "http.response.body", "body": event(body), "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
 class LongBody(Response):

@@ -80,6 +80,11 @@ class EngineWorker:
             self._aborting = True
             await self._ends_within(cancel_seconds)
 
+    @property
+    def ended(self) -> asyncio.Event:
+        """Set once nothing runs any more, and never again."""
+        return self._ended
+
     async def append(self, operation: Append, receive: Receive) -> AppendResult:
         """Raises what the engine raises, and ReaderGone."""
         self.engine.submit(operation)
@@ -110,11 +115,11 @@ class EngineWorker:
         """
         loop = asyncio.get_running_loop()
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        operation.on_token = lambda event: _tell(loop, queue.put_nowait, render(event))
-        operation.future.add_done_callback(lambda future: _tell(loop, queue.put_nowait, future))
+        operation.on_token = lambda event: tell(loop, queue.put_nowait, render(event))
+        operation.future.add_done_callback(lambda future: tell(loop, queue.put_nowait, future))
         self.engine.submit(operation)
         self._generations.add(operation)
-        watch = asyncio.ensure_future(_left(receive))
+        watch = asyncio.ensure_future(left(receive))
         watch.add_done_callback(queue.put_nowait)
         try:
             while True:
@@ -150,7 +155,7 @@ class EngineWorker:
         finally:
             self._close()
             assert self._loop is not None  # start() has set it
-            _tell(self._loop, self._ended.set)
+            tell(self._loop, self._ended.set)
 
     async def _ends_within(self, seconds: float) -> bool:
         try:
@@ -167,13 +172,13 @@ async def _answer(future: Future[T], receive: Receive) -> T:
     waiter: asyncio.Future[T] = _awaitable(future)
     done, _ = await asyncio.wait([waiter], timeout=WATCH_AFTER)
     if not done:
-        watch = asyncio.ensure_future(_left(receive))
+        watch = asyncio.ensure_future(left(receive))
         first: list[asyncio.Future[Any]] = [waiter, watch]
         try:
             await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            left = not watch.cancel()
-        if left and future.cancel():
+            gone = not watch.cancel()
+        if gone and future.cancel():
             raise ReaderGone
     return await waiter
 
@@ -194,17 +199,17 @@ def _awaitable(future: Future[T]) -> asyncio.Future[T]:
         else:
             waiter.set_result(future.result())
 
-    future.add_done_callback(lambda _: _tell(loop, deliver))
+    future.add_done_callback(lambda _: tell(loop, deliver))
     return waiter
 
 
-async def _left(receive: Receive) -> None:
+async def left(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
+def tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
     """On the loop, unless it has ended: then nobody is left to be told."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(callback, *arguments)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
-    " engine.expiry engine.tenants": (
+    " engine.expiry engine.tenants engine.events": (
         "L1",
         "L0",
     ),
@@ -25,7 +25,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
     "keypast.schemas keypast.wire keypast.past": ("S0", ""),
     "keypast": ("C", "S0"),
-    "service.settings service.errors service.limits service.worker service.logs": ("S1", "S0 L0 L1 L5 L3"),
+    "service.settings service.errors service.limits service.worker service.logs service.watching": (
+        "S1",
+        "S0 L0 L1 L5 L3",
+    ),
     "service": ("S2", "S0 S1 L0 L1 L3 L5 L6 L7 C"),
 }
 TORCH_FREE = {"L0", "L1", "L2", "L5", "S0", "C", "S1"}

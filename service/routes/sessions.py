@@ -184,13 +184,13 @@ def _view(info: SessionInfo) -> SessionView:
         labels=info.labels,
         ttl_seconds=info.ttl_seconds,
         pinned=info.pinned,
-        created_at=_time(info.created_at),
-        last_used_at=_time(info.last_used_at),
-        expires_at=None if info.expires_at is None else _time(info.expires_at),
+        created_at=utc(info.created_at),
+        last_used_at=utc(info.last_used_at),
+        expires_at=None if info.expires_at is None else utc(info.expires_at),
     )
 
 
-def _time(seconds: float) -> datetime:
+def utc(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 

@@ -9,7 +9,7 @@ import pytest
 from keypast import AsyncClient, Past, _protocol, errors
 from keypast.schemas import Code
 
-from .fake import FakeService, problem
+from .fake import FakeService, Sse, problem
 
 pytestmark = pytest.mark.anyio
 
@@ -111,6 +111,18 @@ async def test_a_long_body_goes_in_pieces(client: AsyncClient) -> None:
         stream = _protocol.build(http, _protocol.put_past("s", past)).stream
     assert isinstance(stream, httpx.AsyncByteStream)
     assert b"".join([piece async for piece in stream]) == past.to_bytes()
+
+
+async def test_events_come_with_their_ids(client: AsyncClient, service: FakeService) -> None:
+    told = b'id: r-1\nevent: created\ndata: {"id":"r-1","type":"created","session_id":"a","version":0}\n\n'
+    stream = Sse(iter([told, httpx.ReadError("reset")]))
+    service.answers = [httpx.Response(200, stream=stream)]
+    async with await client.events("r-0") as feed:
+        assert (await anext(feed)).session_id == "a"
+        with pytest.raises(errors.StreamBroken):
+            await anext(feed)
+    assert (feed.last_id, stream.closed) == ("r-1", True)
+    assert service.requests[0].headers["Last-Event-ID"] == "r-0"
 
 
 async def test_lists_page_by_page(client: AsyncClient) -> None:

@@ -13,7 +13,7 @@ import keypast
 from keypast import Client, Retries, _protocol, errors
 from keypast.schemas import Code
 
-from .fake import FakeService, problem
+from .fake import FakeService, Sse, problem
 
 
 @pytest.fixture
@@ -261,6 +261,50 @@ def test_a_long_body_goes_in_pieces_and_declares_its_length(client: Client) -> N
     assert (b"".join(pieces), max(map(len, pieces))) == (call.body, _protocol.PIECE)
     assert request.headers["Content-Length"] == str(len(call.body))
     assert list(request.stream) == pieces, "it can be sent again"
+
+
+def sse(*chunks: bytes | BaseException) -> Sse:
+    return Sse(iter(chunks))
+
+
+CREATED = b'id: r-1\nevent: created\ndata: {"id":"r-1","type":"created","session_id":"a","version":0}\n\n'
+GAP = b'id: r-7\nevent: gap\ndata: {"id":"r-7","type":"gap","lost":6}\n\n'
+
+
+def test_events_come_with_their_ids(client: Client, service: FakeService) -> None:
+    stream = sse(b": ping\n\n", CREATED[:30], CREATED[30:] + GAP)
+    service.answers = [httpx.Response(200, stream=stream), httpx.Response(200, stream=sse())]
+    feed = client.events()
+    assert [(event.type, event.session_id, event.lost) for event in feed] == [("created", "a", None), ("gap", None, 6)]
+    assert (feed.last_id, stream.closed) == ("r-7", True)
+    with client.events(feed.last_id) as again:
+        assert list(again) == []
+    assert [request.headers.get("Last-Event-ID") for request in service.requests] == [None, "r-7"]
+
+
+def test_leaving_the_events_closes_them(client: Client, service: FakeService) -> None:
+    stream = sse(CREATED, GAP)
+    service.answers = [httpx.Response(200, stream=stream)]
+    with client.events() as feed:
+        assert next(feed).type == "created"
+    assert (stream.closed, stream.sent, feed.last_id) == (True, 1, "r-1")
+
+
+def test_events_that_break_off_or_are_refused(client: Client, service: FakeService) -> None:
+    service.answers = [httpx.Response(200, stream=sse(CREATED, httpx.ReadError("reset")))]
+    feed = client.events()
+    assert next(feed).id == "r-1"
+    with pytest.raises(errors.StreamBroken, match="the events broke off: reset"):
+        next(feed)
+    assert feed.last_id == "r-1"
+    service.answers = [problem(Code.INVALID_INPUT, field="Last-Event-ID")]
+    with pytest.raises(errors.InvalidInput):
+        client.events("nonsense")
+    failed = b'data: {"error": {"message": "failed", "type": "server_error", "code": "internal"}}\n\n'
+    for chunk, error in ((failed, errors.ServerError), (b"data: 5\n\n", errors.ProtocolError)):
+        service.answers = [httpx.Response(200, stream=sse(chunk))]
+        with pytest.raises(error):
+            list(client.events())
 
 
 def test_lists_page_by_page(client: Client, service: FakeService) -> None:

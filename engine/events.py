@@ -1,0 +1,160 @@
+"""What happened to sessions, told to whoever watches: a bounded ring of events for each tenant.
+
+    the engine, under its lock    emit > ring > tell (once, to each reader that has read all)
+    a reader, on any thread       read > events from where it stands, a Gap where the ring has lost some
+
+The ring is the only buffer, so a slow reader costs nothing and holds up nobody: it finds a gap when it comes back.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import InvalidInput
+from engine.session import Session
+
+EventKind = Literal[
+    "created", "committed", "forked", "truncated", "imported", "exported", "evicted", "expired", "deleted"
+]
+
+_ID = re.compile(r"([0-9a-f]{8})-(\d{1,18})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEvent:
+    """`version` and `valid_length` are the session's after it happened; `at` is in seconds since the epoch."""
+
+    id: str
+    kind: EventKind
+    at: float
+    session_id: str
+    model: str
+    version: int
+    valid_length: array[int]
+    parent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """`lost` events are not told any more; None: nobody can say how many. `id` resumes after it."""
+
+    id: str
+    lost: int | None
+
+
+class EventLog:
+    """`size` events of each tenant are kept. `clock` gives seconds since the epoch."""
+
+    def __init__(self, size: int, clock: Callable[[], float]) -> None:
+        self._size = size
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._rings: dict[str, _Ring] = {}
+
+    def emit(self, kind: EventKind, session: Session) -> None:
+        lengths = array("i", session.valid_length)
+        with self._lock:
+            ring = self._ring(session.tenant)
+            event = SessionEvent(
+                ring.id(ring.end),
+                kind,
+                self._clock(),
+                session.id,
+                session.model,
+                session.version,
+                lengths,
+                session.parent,
+            )
+            ring.add(event)
+
+    def watch(self, tenant: str, after: str | None, tell: Callable[[], object]) -> Watch:
+        """A reader's place: after the event of that id, else after the last one there is.
+
+        `tell` is called when there is more, once after each `read` that gave nothing; on the engine's thread, so it
+        must be quick. Raises InvalidInput for an id that no stream gave.
+        """
+        with self._lock:
+            ring = self._ring(tenant)
+            return Watch(self._lock, ring, ring.end if after is None else ring.place(after), tell)
+
+    def _ring(self, tenant: str) -> _Ring:
+        ring = self._rings.get(tenant)
+        if ring is None:
+            ring = self._rings[tenant] = _Ring(self._size)
+        return ring
+
+
+class Watch:
+    """Not to be shared between threads; `close` it at the end."""
+
+    def __init__(self, lock: threading.Lock, ring: _Ring, at: int | None, tell: Callable[[], object]) -> None:
+        self._lock = lock
+        self._ring = ring
+        self._at = at  # None: not of this ring
+        self._tell = tell
+
+    def read(self, limit: int) -> list[SessionEvent | Gap]:
+        """What comes next, `limit` events at most; never waits."""
+        with self._lock:
+            ring = self._ring
+            told: list[SessionEvent | Gap] = []
+            if self._at is None or self._at < ring.start:
+                told.append(Gap(ring.id(ring.start - 1), None if self._at is None else ring.start - self._at))
+                self._at = ring.start
+            events = ring.read(self._at, limit)
+            self._at += len(events)
+            if not told and not events:
+                ring.waiting.add(self._tell)
+            return [*told, *events]
+
+    def close(self) -> None:
+        with self._lock:
+            self._ring.waiting.discard(self._tell)
+
+
+class _Ring:
+    """Events [start, end) by number; an id is the ring's own name and a number, so that one of another life of the
+    service is recognised."""
+
+    def __init__(self, size: int) -> None:
+        self.end = 0
+        self.waiting: set[Callable[[], object]] = set()
+        self._name = secrets.token_hex(4)
+        self._size = size
+        self._events: list[SessionEvent] = []
+
+    @property
+    def start(self) -> int:
+        return self.end - len(self._events)
+
+    def id(self, number: int) -> str:
+        return f"{self._name}-{number + 1}"  # from 1, so that 0 is before all
+
+    def place(self, event_id: str) -> int | None:
+        match = _ID.fullmatch(event_id)
+        if match is None:
+            raise InvalidInput("Last-Event-ID", f"is not an id of an event, got {event_id[:80]!r}")
+        if match[1] != self._name:
+            return None
+        if int(match[2]) > self.end:
+            raise InvalidInput("Last-Event-ID", f"is of no event yet; the last one is {self.id(self.end - 1)}")
+        return int(match[2])
+
+    def add(self, event: SessionEvent) -> None:
+        if len(self._events) < self._size:
+            self._events.append(event)
+        else:
+            self._events[self.end % self._size] = event
+        self.end += 1
+        waiting, self.waiting = self.waiting, set()
+        for tell in waiting:
+            tell()
+
+    def read(self, at: int, limit: int) -> list[SessionEvent]:
+        return [self._events[number % self._size] for number in range(at, min(self.end, at + limit))]
