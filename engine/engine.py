@@ -58,7 +58,7 @@ from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
 from engine.scheduler import Scheduler
 from engine.serving import Runner, Served
-from engine.session import Sequence, Session, SessionChanges, SessionState
+from engine.session import Sequence, Session, SessionChanges, SessionFilter, SessionState
 from engine.specs import ModelSpec
 from engine.stats import Capacity, Receipt, SessionInfo
 from engine.store import SessionStore
@@ -141,11 +141,11 @@ class Engine:
         with self._lock:
             return self._info(self._expected(tenant, session_id, expected_version))
 
-    def sessions(self, tenant: str = "") -> list[SessionInfo]:
-        """The tenant's sessions, oldest first."""
+    def sessions(self, tenant: str = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
+        """The tenant's sessions, or those of them that are wanted, oldest first."""
         with self._lock:
             self._expire()
-            return [self._info(session) for session in self._store.of(tenant)]
+            return [self._info(session) for session in self._store.select(tenant, wanted)]
 
     def update_session(
         self,

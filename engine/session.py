@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypedDict
@@ -46,6 +46,17 @@ class SessionChanges(TypedDict, total=False):
     ttl_seconds: float | None
     pinned: bool
     labels: Mapping[str, str | None] | None
+
+
+class SessionFilter(TypedDict, total=False):
+    """Which sessions; what is absent or None is no condition. `labels`: all must hold, a value of None is any value.
+    `after`: created later than that. `limit`: so many at most."""
+
+    model: str | None
+    state: str | None
+    labels: Collection[tuple[str, str | None]]
+    after: float | None
+    limit: int | None
 
 
 @dataclass(slots=True, eq=False)

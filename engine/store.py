@@ -1,14 +1,15 @@
 """Who is there: sessions by tenant and id, tombstones of those that were, time to live. No blocks, no tensors."""
 
+import math
 import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from engine.errors import InvalidInput, QueueFull, SessionExists, SessionGone, SessionNotFound
 from engine.expiry import Expiry
-from engine.session import Sequence, Session, SessionState
+from engine.session import Sequence, Session, SessionFilter, SessionState
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -27,6 +28,7 @@ class SessionStore:
         self._max_tombstones = tombstones
         self._tombstone_seconds = tombstone_seconds
         self._clock = clock
+        self._newest = 0.0  # no two are created at once, so that this is an order, also if the clock is set back
 
     def __len__(self) -> int:
         return self._count
@@ -37,6 +39,11 @@ class SessionStore:
     def of(self, tenant: str) -> list[Session]:
         """Oldest first."""
         return list(self._sessions.get(tenant, {}).values())
+
+    def select(self, tenant: str, wanted: SessionFilter) -> list[Session]:
+        """Oldest first. It looks at the sessions alone, at none after the last that is wanted."""
+        own = self._sessions.get(tenant, {}).values()
+        return list(islice((session for session in own if _matches(session, wanted)), wanted.get("limit")))
 
     def open(
         self,
@@ -62,13 +69,14 @@ class SessionStore:
             raise SessionExists(session_id)
         self._tombstones.pop((tenant, session_id), None)
         now = self._clock()
+        self._newest = max(now, math.nextafter(self._newest, math.inf))
         session = Session(
             id=session_id,
             tenant=tenant,
             model=model,
             max_length=max_length,
             sequences=sequences,
-            created_at=now,
+            created_at=self._newest,
             last_used_at=now,
             ttl_seconds=ttl_seconds,
             pinned=pinned,
@@ -126,3 +134,13 @@ class SessionStore:
     def _is_expired(self, session: Session) -> bool:
         expires_at = session.expires_at
         return expires_at is not None and session.state is SessionState.IDLE and self._clock() >= expires_at
+
+
+def _matches(session: Session, wanted: SessionFilter) -> bool:
+    after = wanted.get("after")
+    if after is not None and session.created_at <= after:
+        return False
+    if wanted.get("model") not in (None, session.model) or wanted.get("state") not in (None, session.state.value):
+        return False
+    labels = wanted.get("labels", ())
+    return all(key in session.labels and value in (None, session.labels[key]) for key, value in labels)

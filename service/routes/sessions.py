@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -62,11 +63,16 @@ async def create_session(request: Request, tenant: Tenant) -> Response:
 @router.get("", responses={200: reply(SessionPage, "A page, oldest first."), **problems(422, 503)})
 async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListSessions, Query()]) -> Response:
     """The caller's sessions, oldest first. A page holds what follows its cursor, whatever was deleted meanwhile."""
-    after = None if query.cursor is None else _read_cursor(query.cursor)
-    infos = sorted(service_of(request).engine.sessions(tenant), key=_order)
-    wanted = [info for info in infos if (after is None or _order(info) > after) and _matches(info, query)]
-    page = wanted[: query.limit]
-    cursor = _write_cursor(page[-1]) if len(wanted) > len(page) else None
+    infos = service_of(request).engine.sessions(
+        tenant,
+        model=query.model,
+        state=query.state,
+        labels=[_label(wanted) for wanted in query.label],
+        after=None if query.cursor is None else _read_cursor(query.cursor),
+        limit=query.limit + 1,
+    )
+    page = infos[: query.limit]
+    cursor = _write_cursor(page[-1]) if len(infos) > len(page) else None
     body = SessionPage(data=[_view(info) for info in page], next_cursor=cursor)
     return Response(body.model_dump_json(), media_type=JSON_TYPE)
 
@@ -194,27 +200,21 @@ def utc(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def _matches(info: SessionInfo, query: ListSessions) -> bool:
-    if query.model not in (None, info.model) or query.state not in (None, info.state):
-        return False
-    for label in query.label:
-        key, equals, value = label.partition("=")
-        if key not in info.labels or (equals and info.labels[key] != value):
-            return False
-    return True
-
-
-def _order(info: SessionInfo) -> tuple[float, str]:
-    return info.created_at, info.id
+def _label(wanted: str) -> tuple[str, str | None]:
+    """From `key`, with any value, or `key=value`."""
+    key, equals, value = wanted.partition("=")
+    return key, value if equals else None
 
 
 def _write_cursor(info: SessionInfo) -> str:
-    return base64.urlsafe_b64encode(f"{info.created_at.hex()} {info.id}".encode()).decode()
+    return base64.urlsafe_b64encode(info.created_at.hex().encode()).decode()
 
 
-def _read_cursor(cursor: str) -> tuple[float, str]:
+def _read_cursor(cursor: str) -> float:
     try:
-        created_at, session_id = base64.b64decode(cursor, altchars=b"-_", validate=True).decode().split(" ")
-        return float.fromhex(created_at), session_id
+        after = float.fromhex(base64.b64decode(cursor, altchars=b"-_", validate=True).decode())
     except (ValueError, OverflowError, binascii.Error):
-        raise InvalidInput("cursor", "is not the next_cursor of a page") from None
+        after = math.nan
+    if not math.isfinite(after):
+        raise InvalidInput("cursor", "is not the next_cursor of a page")
+    return after

@@ -1,5 +1,6 @@
 """Every refusal: its status, its body, and that nothing changed."""
 
+import base64
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -404,6 +405,7 @@ async def test_an_invalid_change_is_422(running: Running, verb: str, body: dict[
         ({"stranger": "1"}, "stranger"),
         ({"cursor": "nonsense!"}, "cursor"),
         ({"cursor": "bm9uc2Vuc2U="}, "cursor"),
+        ({"cursor": base64.b64encode(b"nan").decode()}, "cursor"),
     ],
 )
 async def test_an_invalid_listing_is_422(running: Running, query: dict[str, str], field: str) -> None:
