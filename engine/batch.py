@@ -217,6 +217,7 @@ class Work:
     keep: bool = True  # else it is rolled back at its end, too
     copies: list[tuple[int, int]] = field(default_factory=list)  # (shared, own) blocks; the shared ones are held
     copied: bool = False  # `copies` have been made, and are there to be taken back
+    passed: int = 0  # batches that it was ready for and had no place in
     alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
     future: Future[Any] | None = None  # cancelled before the first schedule: dropped
     transfer: Transfer | None = None  # alone in its batch and whole; `inputs` or `outputs` are the past
@@ -224,6 +225,11 @@ class Work:
     done: list[int] = field(default_factory=list)
     results: list[list[RowResult]] = field(default_factory=list)  # a row's chunks in order
     past_length: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """What the whole of it takes of a token budget."""
+        return sum(max(new, self.queries or 0) for new in self.new)
 
     @property
     def is_peek(self) -> bool:

@@ -2,40 +2,65 @@
 
 A block is `block_size` consecutive positions of one sequence, all layers. Block 0 is the null block: it is never
 held, padding and replayed positions are written there. A block held by more than one sequence is shared and read-only.
+
+    clean  -- take -->  held by 1  -- share -->  held by n
+      ^                     |                       |
+      +---- zeroed -----  soiled  <---- release ----+       (without zeroing, release gives clean ones)
 """
 
 from collections import Counter
 from collections.abc import Iterable
 
+from engine.config import EngineConfig
+from engine.shares import Shares
+
 NULL_BLOCK = 0
 
 
 class BlockPool:
-    """Free list and reference counts of one model's blocks. Last freed is first reused, while it is warm in cache."""
+    """Free blocks and reference counts of one model's pool. Last freed is first reused, while it is warm in cache.
 
-    def __init__(self, blocks: int) -> None:
+    `shares` says which tenant may have how many. With `zero` a freed block is handed out again only after `zeroed`.
+    """
+
+    def __init__(self, blocks: int, shares: Shares | None = None, *, zero: bool = False) -> None:
         if blocks < 2:
             raise ValueError(f"a pool needs the null block and at least one more, got {blocks}")
         self.blocks = blocks
-        self._free = list(range(blocks - 1, NULL_BLOCK, -1))
+        self.shares = shares or Shares(blocks - 1, EngineConfig())
+        self._zero = zero
+        self._clean = list(range(blocks - 1, NULL_BLOCK, -1))
+        self._soiled: list[int] = []
+        self._zeroing: list[int] = []
         self._holders = [0] * blocks
+        self._owners = [""] * blocks  # tenants; of held blocks
         self.shared = 0  # blocks with more than one holder
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        """Held by nobody, zeroed or not."""
+        return len(self._clean) + len(self._soiled) + len(self._zeroing)
 
     @property
     def used(self) -> int:
         return self.blocks - 1 - self.free
 
-    def take(self, count: int) -> list[int] | None:
+    def available(self, tenant: str) -> int:
+        """How many `take` would give the tenant, once what is free is zeroed."""
+        return self.shares.available(tenant, self.free)
+
+    def can_take(self, count: int, tenant: str = "") -> bool:
+        return not count or count <= min(len(self._clean), self.available(tenant))
+
+    def take(self, count: int, tenant: str = "") -> list[int] | None:
         """`count` blocks with one holder each, or None: not now."""
-        if count > len(self._free):
+        if not self.can_take(count, tenant):
             return None
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [self._clean.pop() for _ in range(count)]
         for block in taken:
             self._holders[block] = 1
+            self._owners[block] = tenant
+        self.shares.add(tenant, count)
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -55,19 +80,40 @@ class BlockPool:
             self._holders[block] -= 1
             self.shared -= self._holders[block] == 1
             if self._holders[block] == 0:
-                self._free.append(block)
+                (self._soiled if self._zero else self._clean).append(block)
+                self.shares.add(self._owners[block], -1)
                 freed += 1
         return freed
+
+    def holders(self, block: int) -> int:
+        return self._holders[block]
 
     def is_shared(self, block: int) -> bool:
         return self._holders[block] > 1
 
-    def check(self, tables: Iterable[Iterable[int]]) -> None:
-        """Raises RuntimeError unless used + free + null = total and holders equal the block tables given."""
-        held = Counter(block for table in tables for block in table)
+    @property
+    def soiled(self) -> bool:
+        """Whether freed blocks wait to be zeroed."""
+        return bool(self._soiled)
+
+    def to_zero(self, most: int) -> list[int]:
+        """Up to so many freed blocks, which nobody gets until `zeroed` is called."""
+        self._zeroing, self._soiled[-most:] = self._soiled[-most:], []
+        return list(self._zeroing)
+
+    def zeroed(self) -> None:
+        """What `to_zero` gave is zero."""
+        self._clean += self._zeroing
+        self._zeroing.clear()
+
+    def check(self, tables: Iterable[tuple[str, Iterable[int]]]) -> None:
+        """Raises RuntimeError unless used + free + null = total and holders equal the block tables, (tenant, table)."""
+        named = [(block, tenant) for tenant, table in tables for block in table]
+        held = Counter(block for block, _ in named)
+        free = self._clean + self._soiled + self._zeroing
         if NULL_BLOCK in held:
             raise RuntimeError("the null block is in a block table")
-        if len(set(self._free)) != len(self._free):
+        if len(set(free)) != len(free):
             raise RuntimeError("a block is free twice")
         for block in range(1, self.blocks):
             if held[block] != self._holders[block]:
@@ -76,6 +122,10 @@ class BlockPool:
             raise RuntimeError(f"{len(held)} used + {self.free} free + 1 null is not {self.blocks}")
         if self.shared != sum(count > 1 for count in held.values()):
             raise RuntimeError(f"{self.shared} blocks are counted as shared, the tables say otherwise")
+        for block, tenant in named:
+            if self._owners[block] != tenant:
+                raise RuntimeError(f"block {block} belongs to {self._owners[block]!r}, a table of {tenant!r} names it")
+        self.shares.check(Counter(self._owners[block] for block in held))
 
     def __repr__(self) -> str:
         return f"<BlockPool {self.blocks}: {self.used} used, {self.free} free, 1 null>"

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +43,20 @@ class EngineConfig:
     tombstones: int = 65536  # gone sessions that still answer 410
     tombstone_seconds: float = 3600.0  # for so long
     event_ring: int = 4096  # events of each tenant that can still be told
+    evict: Literal["none", "lru"] = "none"  # idle, unpinned sessions when blocks are short
+    zero_freed: bool = True  # a freed block is zeroed before it is handed out again
+    zero_bytes: int = 32 << 20  # that one turn zeroes at most, and at least one block
     max_past_bytes: int = 1 << 30  # of one exported past
     quota: Quota = Quota()  # of a tenant that has none of its own in `quotas`
     quotas: Mapping[str, Quota] = field(default_factory=dict)
 
+    def quota_of(self, tenant: str) -> Quota:
+        return self.quotas.get(tenant, self.quota)
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if isinstance(value, int | float) and value <= 0 and each.name != "gather_share":
+            if type(value) in (int, float) and value <= 0 and each.name != "gather_share":
                 raise ValueError(f"{each.name} must be positive, got {value}")
         if self.quota.guaranteed_blocks:
             raise ValueError("quota must guarantee no blocks: a guarantee is for tenants by name, in quotas")

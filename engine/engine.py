@@ -8,7 +8,6 @@ model. A block freed while a forward pass still writes to it is safe: only `run_
 import contextlib
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Literal, Unpack
@@ -38,7 +37,6 @@ from engine.batch import (
     Want,
     Work,
 )
-from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.errors import (
     EngineError,
@@ -52,11 +50,9 @@ from engine.errors import (
     WrongState,
 )
 from engine.events import EventLog
-from engine.gather import Gather
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
-from engine.scheduler import Scheduler
 from engine.serving import Runner, Served
 from engine.session import Sequence, Session, SessionChanges, SessionFilter, SessionState
 from engine.specs import ModelSpec
@@ -80,14 +76,12 @@ class Engine:
         self._stopping = False
         self._failure: BaseException | None = None
         self._waiting = 0
-        self._seconds = 0.1  # that an append takes, a moving average
         self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
-        self._tenants = Tenants(config.quota, config.quotas, clock)
+        self._tenants = Tenants(config, self._store, clock)
         self.events = EventLog(config.event_ring, clock)
         self._served: dict[str, Served] = {}
         for runner in runners:
-            scheduler = Scheduler(BlockPool(runner.blocks), config, causal=runner.spec.causal)
-            self._served[runner.spec.name] = Served(runner, scheduler, Gather(config.gather_share), config.block_size)
+            self._served[runner.spec.name] = Served(runner, config)
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -120,7 +114,7 @@ class Engine:
                 raise InvalidInput("batch_size", f"must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
             check_ttl(ttl_seconds)
             self._expire()
-            self._admit(tenant, sessions=1, pinned=int(pinned))
+            self._tenants.admit(tenant, sessions=1, pinned=int(pinned))
             session = self._store.open(
                 tenant,
                 model,
@@ -166,7 +160,7 @@ class Engine:
             check_ttl(changes.get("ttl_seconds"))
             pinned = changes.get("pinned", session.pinned)
             more = int(pinned) - int(session.pinned)
-            self._admit(tenant, pinned=max(0, more))
+            self._tenants.admit(tenant, pinned=max(0, more))
             self._tenants.add(tenant, pinned=more)
             session.labels, session.pinned = labels, pinned
             session.ttl_seconds = changes.get("ttl_seconds", session.ttl_seconds)
@@ -205,15 +199,17 @@ class Engine:
                 raise QueueFull(f"{count} more sessions pass the limit of {self.config.max_sessions}")
             lengths = parent.valid_length if at is None else row_lengths("at", at, parent)
             self._expire()
-            self._admit(tenant, sessions=count)
+            self._tenants.admit(tenant, sessions=count)
             self._store.touch(parent)
             self._tenants.add(tenant, sessions=count)
             return [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
 
-    def capacity(self) -> Capacity:
+    def capacity(self, tenant: str = "") -> Capacity:
+        """What there is, and what the tenant has and may have of it."""
         with self._lock:
-            models = [served.capacity(self._of(name)) for name, served in self._served.items()]
-            return Capacity(models, len(self._store), self._waiting)
+            models = [served.capacity(self._of(name), tenant) for name, served in self._served.items()]
+            own = self._tenants.quota(tenant), self._tenants.use(tenant)
+            return Capacity(models, len(self._store), self._waiting, *own)
 
     # Operations: in arrival order per session, answered through their future.
 
@@ -233,7 +229,7 @@ class Engine:
                 raise QueueFull(f"{len(session.waiting)} operations wait on this session already")
             if self._waiting >= self.config.max_waiting:
                 raise QueueFull(f"{self._waiting} operations wait already")
-            self._tenants.admit(operation.tenant, self._append_seconds, appends=1)
+            self._tenants.admit(operation.tenant, appends=1)
             self._count(session, 1)
             session.waiting.append(operation)
             if not isinstance(operation, ExportPast):  # a read is no use
@@ -258,6 +254,7 @@ class Engine:
                 if self._held_until(served) is not None:
                     continue
                 batch = served.scheduler.schedule(self._clock())
+                ran |= self._evict(served)
                 if batch is None:
                     continue
                 for work in batch.works:
@@ -265,16 +262,20 @@ class Engine:
                         work.future.set_running_or_notify_cancel()  # from here on it commits
             ran = True
             self._run(served, batch)
+        for served in self._served.values():
+            ran |= self._zero(served)
         return ran
 
     def wait(self, timeout: float | None = None) -> None:
         """Returns when `run_once` may have something to do, or after `timeout` seconds."""
         with self._lock:
-            if self._has_news:
+            if self._has_news or any(served.pool.soiled for served in self._served.values()):
                 return
             deadlines = [] if self._store.next_expiry is None else [self._store.next_expiry]
             for served in self._served.values():
                 deadlines.extend(served.scheduler.deadlines(self.config.wait_seconds))
+                if served.evict_after > self._clock():
+                    deadlines.append(served.evict_after)
             waits = [] if timeout is None else [timeout]
             if deadlines:
                 waits.append(max(0.0, min(deadlines) - self._clock()) + 0.001)
@@ -390,6 +391,7 @@ class Engine:
         work.finish(work, outputs, None)
 
     def _fail(self, served: Served, work: Work, error: BaseException) -> None:
+        self._tenants.never_ran(work)
         served.scheduler.roll_back(work)
         work.finish(work, {}, error)
 
@@ -399,12 +401,31 @@ class Engine:
         now = self._clock()
         for work in served.scheduler.works():
             if work.session.state is SessionState.CLOSED:
+                self._tenants.never_ran(work)
                 served.scheduler.remove(work)
             elif work.started_at is None and work.future is not None and work.future.cancelled():
                 self._fail(served, work, EngineStopped("cancelled before it was scheduled"))
             elif not work.reserved and work.submitted_at + self.config.wait_seconds <= now:
                 waited = f"no blocks came free within {self.config.wait_seconds:g} s; delete or truncate a session"
                 self._fail(served, work, PoolExhausted(waited))
+
+    def _zero(self, served: Served) -> bool:
+        """Zeroes some of the freed blocks; False: there are none. No pass runs meanwhile that could write to them."""
+        with self._lock:
+            blocks = served.pool.to_zero(max(1, self.config.zero_bytes // served.block_bytes))
+        if not blocks:
+            return False
+        served.zero(blocks)
+        with self._lock:
+            served.pool.zeroed()
+        return True
+
+    def _evict(self, served: Served) -> bool:
+        """Closes idle sessions until what waits for blocks can have them; False: nothing waits, or none may go."""
+        chosen = served.to_evict(self._of(served.spec.name), self._clock()) if self.config.evict == "lru" else []
+        for session in chosen:
+            self._close(session, "evicted")
+        return bool(chosen)
 
     # What starts and ends.
 
@@ -429,9 +450,9 @@ class Engine:
             self._pop(session)
             _resolve(operation.future, self._info(session))
         elif isinstance(operation, Append):
-            capacity = (served.pool.blocks - 1) * self.config.block_size
-            new = new_positions(served.spec, operation, session, capacity)
+            new = new_positions(served.spec, operation, session, served.most_positions(session.tenant))
             queries = query_count(served.spec, operation)
+            self._admit(served, session, new, sum(max(count, queries or 0) for count in new))
             self._add(
                 served,
                 session,
@@ -448,13 +469,15 @@ class Engine:
             new = [0] * len(session.sequences)
             self._add(served, session, {}, new, Want(), self._end_append, operation.future, "read_past")
         elif isinstance(operation, ImportPast):
-            new = import_positions(operation, session, (served.pool.blocks - 1) * self.config.block_size)
+            new = import_positions(operation, session, served.most_positions(session.tenant))
+            self._admit(served, session, new, sum(new))
             arrays = operation.past.arrays
             self._add(served, session, arrays, new, Want(), self._end_append, operation.future, "write_past")
         else:
             check_version(operation.expected_version, session)
             if not all(session.valid_length):
                 raise WrongState("the session is empty: prefill it before generating")
+            self._tenants.admit_positions(session.tenant, len(session.sequences))
             self._begin_generation(served, session, operation)
 
     def _add(
@@ -473,6 +496,7 @@ class Engine:
         session.state = SessionState.RUNNING
         work = Work(session, inputs, new, want, finish, self._clock(), queries, future=future, keep=keep)
         work.transfer = transfer
+        self._tenants.owe(session.tenant, work.size)
         served.scheduler.add(work)
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
@@ -480,7 +504,7 @@ class Engine:
         if session.state is SessionState.CLOSED:
             return
         operation = self._pop(session)
-        self._seconds += (self._clock() - work.submitted_at - self._seconds) / 8
+        self._tenants.took(self._clock() - work.submitted_at)
         session.state = SessionState.IDLE
         if error is not None:
             _reject(operation, error)
@@ -545,23 +569,16 @@ class Engine:
 
     def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
         served = self._served[parent.model]
-        displaced = served.scheduler.displaced(parent)  # by an append that runs now, and may yet not be kept
-        sequences = []
-        for source, length in zip(parent.sequences, lengths, strict=True):
-            blocks = source.block_table[: blocks_for(length, self.config.block_size)]
-            table = array("i", [displaced.get(block, block) for block in blocks])
-            tail = source.tail if length == source.length else None
-            sequences.append(Sequence(length, table, source.history[:length], tail))
         child = self._store.open(
             parent.tenant,
             parent.model,
             parent.max_length,
-            sequences,
+            served.scheduler.forked(parent, lengths),
             ttl_seconds=parent.ttl_seconds,
             labels=parent.labels,
             parent=parent.id,
         )
-        for sequence in sequences:
+        for sequence in child.sequences:
             served.pool.share(sequence.block_table)
         self.events.emit("forked", child)
         self._tell()
@@ -596,18 +613,11 @@ class Engine:
     def _held_until(self, served: Served) -> float | None:
         return served.gather.hold_until(served.scheduler.works(), self._clock())
 
-    def _admit(self, tenant: str, *, sessions: int = 0, pinned: int = 0) -> None:
-        """Raises QuotaExceeded; after the time it names, if any, one of the tenant's sessions will have expired."""
-
-        def soonest() -> float:
-            ends = [session.expires_at for session in self._store.of(tenant) if session.expires_at is not None]
-            return max(1.0, min(ends) - self._clock()) if ends else self.config.wait_seconds
-
-        self._tenants.admit(tenant, soonest, sessions=sessions, pinned=pinned)
-
-    def _append_seconds(self) -> float:
-        """How long an append takes, as the last ones did."""
-        return self._seconds
+    def _admit(self, served: Served, session: Session, new: list[int], positions: int) -> None:
+        """Raises QuotaExceeded. Whether blocks are free is another question, and may be waited for."""
+        needed = sum(map(served.scheduler.blocks_needed, session.sequences, new))
+        self._tenants.admit_blocks(session.tenant, served.pool.shares, needed)
+        self._tenants.admit_positions(session.tenant, positions)
 
     def _count(self, session: Session, operations: int) -> None:
         self._waiting += operations

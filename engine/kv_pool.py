@@ -32,6 +32,12 @@ class KVPool:
         self.k[:, target] = self.k[:, source]
         self.v[:, target] = self.v[:, source]
 
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Whole blocks, in every layer."""
+        index = torch.tensor(blocks, device=self.k.device)
+        self.k.index_fill_(1, index, 0)
+        self.v.index_fill_(1, index, 0)
+
     def read(self, layer: int, tables: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's past: tables int64 (R, W), valid bool (R, T), T within W blocks -> K (R, kv_heads, head_dim, T)
         and V (R, kv_heads, T, head_dim), zero where not valid."""

@@ -112,6 +112,12 @@ class ModelRunner:
             self._write_past(tables, lengths, arrays)
 
     @torch.inference_mode()
+    def zero(self, blocks: list[int]) -> None:
+        """Nothing of what was written to them is left."""
+        with self._together("zero", blocks):
+            self._pool.zero(blocks)
+
+    @torch.inference_mode()
     def _read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
         """This rank's heads of it."""
         table, valid = self._past_blocks(tables, lengths)

@@ -1,7 +1,8 @@
 """Queue in, Batch out, for one model. Decides which rows run next and takes their blocks; touches no tensor.
 
-Order: what is nearest to its end first (steps before chunks of a long prefill), then first come first served. An
-append gets *all* its blocks before its first row runs, so two half-done appends can never wait for each other.
+Order: what is nearest to its end first (steps before chunks of a long prefill), tenants in turn, then first come first
+served (engine.turns). Steps leave a long append a part of each batch, so neither ever waits for the other. An append
+gets *all* its blocks before its first row runs, so two half-done appends can never wait for each other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from engine.batch import Batch, Row, Work
 from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.session import Sequence, Session, SessionState
+from engine.turns import Turns, is_long
+
+LONG_SHARE = 4  # a long append that is ready has one part in so many of a batch, however many steps there are
 
 
 class Scheduler:
@@ -22,6 +26,7 @@ class Scheduler:
         self._max_rows = config.max_rows
         self._causal = causal
         self._queue: list[Work] = []
+        self._turns = Turns()
 
     def add(self, work: Work) -> None:
         session = work.session
@@ -29,6 +34,7 @@ class Scheduler:
         work.done = [0] * len(work.new)
         work.results = [[] for _ in work.new]
         self._queue.append(work)
+        self._turns.arrived(work)
 
     def remove(self, work: Work) -> None:
         self._queue.remove(work)
@@ -40,12 +46,23 @@ class Scheduler:
         if work.keep:
             self._let_go(work)
 
-    def displaced(self, session: Session) -> dict[int, int]:
-        """Own blocks that stand in the session's tables for now, and the shared ones that are its committed past."""
-        return {own: shared for work in self._queue if work.session is session for shared, own in work.copies}
+    def forked(self, parent: Session, lengths: list[int]) -> list[Sequence]:
+        """Its rows as its children have them, up to these lengths; the blocks have yet to be shared.
 
-    def held_for_copies(self) -> list[list[int]]:
-        return [[shared for shared, _ in work.copies] for work in self._queue]
+        An append that runs now may yet not be kept: the blocks that it put its own in place of are the past.
+        """
+        displaced = {own: shared for work in self._queue if work.session is parent for shared, own in work.copies}
+        sequences = []
+        for source, length in zip(parent.sequences, lengths, strict=True):
+            blocks = source.block_table[: blocks_for(length, self._block_size)]
+            table = array("i", [displaced.get(block, block) for block in blocks])
+            tail = source.tail if length == source.length else None
+            sequences.append(Sequence(length, table, source.history[:length], tail))
+        return sequences
+
+    def held_for_copies(self) -> list[tuple[str, list[int]]]:
+        """(tenant, blocks)"""
+        return [(work.session.tenant, [shared for shared, _ in work.copies]) for work in self._queue]
 
     def works(self) -> list[Work]:
         return list(self._queue)
@@ -57,22 +74,37 @@ class Scheduler:
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None: nothing is queued, or nothing that is queued can have its blocks now."""
         rows: list[Row] = []
+        short: set[Work] = set()  # of blocks
         budget = self._token_budget
-        for work in self._in_order():
+        order = self._turns.order(self._queue)
+        long = next((work for work in order if is_long(work) and not work.alone and self._is_ready(work)), None)
+        for work in order:
+            if budget <= 0 or len(rows) >= self._max_rows:
+                break
+            keeps = long is not None and not is_long(work)  # a part of the batch for the long one
+            keep = max(1, self._token_budget // LONG_SHARE) if keeps else 0
+            keep_rows = max(1, self._max_rows // LONG_SHARE) if keeps else 0
             if rows and (_runs_alone(work) or _runs_alone(rows[0].work)):
                 continue
-            if budget <= 0 or len(rows) + len(work.new) > max(self._max_rows, len(work.new)):
-                break
-            if not self._causal and _size(work) > budget and any(row.count > 1 or row.queries > 1 for row in rows):
+            if rows and (budget <= keep or len(rows) + len(work.new) > self._max_rows - keep_rows):
+                continue
+            if not self._causal and work.size > budget and any(row.count > 1 or row.queries > 1 for row in rows):
                 continue  # a free mask needs its whole append in one turn: one such append a batch may pass the budget
             if not work.reserved and not self._reserve(work):
+                short.add(work)
                 continue
             if work.started_at is None:
                 work.started_at = now
-            for row in self._rows(work, budget):
+            for row in self._rows(work, max(1, budget - keep)):
                 rows.append(row)
                 budget -= max(row.count, row.queries, 1)
-        return Batch(rows) if rows else None
+        if not rows:
+            return None
+        for work in self._queue:
+            work.passed += work not in short
+        batch = Batch(rows)
+        self._turns.ran(batch.works)
+        return batch
 
     def roll_back(self, work: Work) -> None:
         """Takes the work out, its session's tables as they were before it: what it reserved is given back."""
@@ -95,9 +127,17 @@ class Scheduler:
         grow = blocks_for(sequence.length + new, self._block_size) - len(sequence.block_table)
         return grow + self._writes_shared(sequence)
 
-    def _in_order(self) -> list[Work]:
-        """A transfer is one copy however long, and would wait for ever behind steps if it came after them."""
-        return sorted(self._queue, key=lambda work: work.transfer is None and _is_long(work))
+    def missing(self, work: Work) -> int:
+        """How many more blocks than its tenant may take now a work needs to start."""
+        return 0 if work.reserved else max(0, self.needed(work) - self.pool.available(work.session.tenant))
+
+    def _is_ready(self, work: Work) -> bool:
+        return work.reserved or self.pool.can_take(self.needed(work), work.session.tenant)
+
+    def needed(self, work: Work) -> int:
+        """How many blocks it takes to start."""
+        pairs = zip(work.session.sequences, work.new, strict=True)
+        return sum(self.blocks_needed(sequence, new) for sequence, new in pairs)
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         at, offset = divmod(sequence.length, self._block_size)
@@ -119,7 +159,7 @@ class Scheduler:
 
     def _reserve(self, work: Work) -> bool:
         pairs = list(zip(work.session.sequences, work.new, strict=True))
-        taken = self.pool.take(sum(self.blocks_needed(sequence, new) for sequence, new in pairs))
+        taken = self.pool.take(self.needed(work), work.session.tenant)
         if taken is None:
             return False
         for sequence, new in pairs:
@@ -164,14 +204,3 @@ class Scheduler:
 
 def _runs_alone(work: Work) -> bool:
     return work.alone or work.transfer is not None
-
-
-def _is_long(work: Work) -> bool:
-    """Whether more than a step of it is left."""
-    left = max(new - done for new, done in zip(work.new, work.done, strict=True))
-    return max(left, work.queries or 0) > 1
-
-
-def _size(work: Work) -> int:
-    """What the whole work takes of a budget."""
-    return sum(max(new, work.queries or 0) for new in work.new)

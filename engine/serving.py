@@ -1,16 +1,21 @@
 """One model that is served: its runner and queue, and what can be told of them. Read and called by the engine only."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Array, Batch, RowResult
-from engine.blocks import BlockPool, blocks_for
+from engine.blocks import NULL_BLOCK, BlockPool, blocks_for
+from engine.config import EngineConfig
+from engine.errors import InvalidInput
+from engine.eviction import victims
 from engine.gather import Gather
 from engine.scheduler import Scheduler
 from engine.session import Session, SessionState
+from engine.shares import Shares
 from engine.specs import ModelSpec
 from engine.stats import ModelCapacity, SessionInfo
+
+EVICT_SECONDS = 0.1  # until sessions are looked through again after none of them could go
 
 
 class Runner(Protocol):
@@ -32,13 +37,25 @@ class Runner(Protocol):
         """The other way: T is at least the longest length, and what stands past a row's own is not written."""
         ...
 
+    def zero(self, blocks: list[int]) -> None:
+        """Nothing of what was written to them is left."""
+        ...
 
-@dataclass(frozen=True, slots=True)
+
 class Served:
-    runner: Runner
-    scheduler: Scheduler
-    gather: Gather
-    block_size: int
+    """Raises InvalidInput when more blocks are guaranteed than there are."""
+
+    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        try:
+            shares = Shares(runner.blocks - 1, config)
+        except ValueError as error:
+            raise InvalidInput("quotas", f"model {runner.spec.name}: {error}; lower them or give it more") from None
+        self.runner = runner
+        self.block_size = config.block_size
+        pool = BlockPool(runner.blocks, shares, zero=config.zero_freed)
+        self.scheduler = Scheduler(pool, config, causal=runner.spec.causal)
+        self.gather = Gather(config.gather_share)
+        self.evict_after = 0.0  # there is nothing to evict until then
 
     @property
     def spec(self) -> ModelSpec:
@@ -64,6 +81,26 @@ class Served:
             self.runner.write_past(tables, lengths, work.inputs)
         return [RowResult(tail=row.tail) for row in batch.rows]
 
+    def zero(self, blocks: list[int]) -> None:
+        """And the null block, where positions were replayed that may have been theirs."""
+        self.runner.zero([NULL_BLOCK, *blocks])
+
+    def most_positions(self, tenant: str) -> int:
+        """That the tenant may ever hold."""
+        return self.pool.shares.most(tenant) * self.block_size
+
+    def to_evict(self, sessions: list[Session], now: float) -> list[Session]:
+        """Those whose end gives a work that waits the blocks it lacks. `sessions`: the model's."""
+        if now < self.evict_after:
+            return []
+        for work in self.scheduler.works():
+            if self.scheduler.missing(work):
+                chosen = victims(sessions, self.pool, work.session.tenant, self.scheduler.needed(work))
+                if chosen:
+                    return chosen
+                self.evict_after = now + EVICT_SECONDS
+        return []
+
     def info(self, session: Session) -> SessionInfo:
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
         return SessionInfo(
@@ -87,21 +124,21 @@ class Served:
             expires_at=session.expires_at,
         )
 
-    def capacity(self, sessions: Iterable[Session]) -> ModelCapacity:
-        """`sessions`: the model's."""
+    def capacity(self, sessions: Iterable[Session], tenant: str) -> ModelCapacity:
+        """`sessions`: the model's. `tenant`: who asks."""
         pool = self.pool
         reserved = sum(
             len(sequence.block_table) - blocks_for(sequence.length, self.block_size)
             for session in sessions
             for sequence in session.sequences
         )
-        counts = (pool.blocks - 1, pool.free, pool.used, pool.shared, reserved)
+        own, available = pool.shares.used(tenant), pool.available(tenant)
+        counts = (pool.blocks - 1, pool.free, pool.used, pool.shared, reserved, own, available)
         return ModelCapacity(self.spec.name, self.block_size, self.block_bytes, *counts)
 
     def check(self, sessions: list[Session]) -> None:
         """Raises RuntimeError unless blocks, tables and lengths of the model's sessions agree."""
-        sequences = [sequence for session in sessions for sequence in session.sequences]
-        tables: list[Iterable[int]] = [sequence.block_table for sequence in sequences]
+        tables = [(session.tenant, sequence.block_table) for session in sessions for sequence in session.sequences]
         self.pool.check([*tables, *self.scheduler.held_for_copies()])
         for session in sessions:
             self._check_session(session)

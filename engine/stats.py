@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from engine.config import Quota
+
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
@@ -41,7 +43,8 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class ModelCapacity:
-    """Blocks of one model's pool; total = free + used. `reserved` (part of used) belongs to appends that run now."""
+    """Blocks of one model's pool; total = free + used. `reserved` (part of used) belongs to appends that run now.
+    `own` are those of the tenant who asks, `available` how many more it may take now."""
 
     model: str
     block_size: int
@@ -51,10 +54,26 @@ class ModelCapacity:
     used: int
     shared: int
     reserved: int
+    own: int
+    available: int
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """`pinned`: of the sessions. `appends` run or wait. `owed`: positions that its rate has not worked off yet."""
+
+    sessions: int = 0
+    pinned: int = 0
+    appends: int = 0
+    owed: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
+    """`sessions` and `waiting` are everybody's; `quota` and `use` those of the tenant who asks."""
+
     models: list[ModelCapacity]
     sessions: int
     waiting: int
+    quota: Quota
+    use: Use

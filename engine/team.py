@@ -217,6 +217,9 @@ class _Rank:
     def read_past(self, name: str, *arguments: Any) -> dict[str, Array]:  # noqa: ANN401
         return self._runners[name].read_past(*arguments)
 
+    def zero(self, name: str, blocks: list[int]) -> None:
+        self._runners[name].zero(blocks)
+
     def write_past(self, name: str, *arguments: Any) -> None:  # noqa: ANN401
         self._runners[name].write_past(*arguments)
 

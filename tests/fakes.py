@@ -75,6 +75,14 @@ class FakeMemory:
             for offset in range(self.block_size):
                 self._slots[target, offset] = self._slots[source, offset]
 
+    def zero(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            for offset in range(self.block_size):
+                self._slots.pop((block, offset), None)
+
+    def is_zero(self, block: int) -> bool:
+        return not any(self._slots.get((block, offset)) for offset in range(self.block_size))
+
     def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
         numbers = np.zeros((len(lengths), max(lengths)))
         for row, table, length in zip(numbers, tables, lengths, strict=True):
@@ -116,11 +124,14 @@ class FakeRunner:
         self.broken: Exception | None = None
         self.batches: list[list[tuple[str, int, int, int]]] = []  # (session, row, start, stop) of each row
         self.transfers: list[tuple[str, list[int]]] = []  # (which, lengths)
+        self.before_run: Callable[[Batch], object] = bool
         self.on_transfer: Callable[[], object] = bool  # called first
         self.replayed = 0  # positions
+        self.zeroed: list[list[int]] = []  # blocks of each call
         self.faults = self.memory.faults
 
     def run(self, batch: Batch) -> list[RowResult]:
+        self.before_run(batch)
         if self.broken is not None:
             raise self.broken
         self.batches.append([(row.work.session.id, row.index, row.start, row.stop) for row in batch.rows])
@@ -145,6 +156,10 @@ class FakeRunner:
         self.memory.write_past(tables, lengths, arrays)
         if self.poison in lengths:
             raise RuntimeError("poisoned")
+
+    def zero(self, blocks: list[int]) -> None:
+        self.zeroed.append(blocks)
+        self.memory.zero(blocks)
 
     def _values(self, row: Row) -> list[int]:
         """What the row appends."""

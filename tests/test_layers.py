@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
-    " engine.expiry engine.tenants engine.events": (
+    " engine.expiry engine.shares engine.eviction engine.turns engine.events": (
         "L1",
         "L0",
     ),
-    "engine.store engine.scheduler engine.gather engine.serving": ("L2", "L0 L1"),
+    "engine.store engine.scheduler engine.gather engine.serving engine.tenants": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
     " engine.chat engine.sampling engine.compat engine.parallel": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),

@@ -49,13 +49,13 @@ def test_misuse_is_an_error_and_not_a_wrong_count() -> None:
 def test_check_finds_what_the_tables_do_not_say() -> None:
     pool = BlockPool(5)
     pool.take(2)
-    pool.check([[1], [2]])
+    pool.check([("", [1]), ("", [2])])
     with pytest.raises(RuntimeError, match="block 2 has 1 holders, 0 tables"):
-        pool.check([[1]])
+        pool.check([("", [1])])
     with pytest.raises(RuntimeError, match="block 1 has 1 holders, 2 tables"):
-        pool.check([[1, 2], [1]])
+        pool.check([("", [1, 2]), ("", [1])])
     with pytest.raises(RuntimeError, match="null block"):
-        pool.check([[0, 1, 2]])
+        pool.check([("", [0, 1, 2])])
 
 
 @pytest.mark.parametrize(("length", "blocks"), [(0, 0), (1, 1), (16, 1), (17, 2), (32, 2)])

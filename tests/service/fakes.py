@@ -67,6 +67,9 @@ class FakeRunner:
         self._turn()
         self.memory.write_past(tables, lengths, arrays)
 
+    def zero(self, blocks: list[int]) -> None:
+        self.memory.zero(blocks)
+
     def _turn(self) -> None:
         self.before_each()
         self._holds_in -= 1
