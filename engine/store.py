@@ -62,7 +62,7 @@ class SessionStore:
         if self._count >= self._max_sessions:
             raise QueueFull(f"there are {self._max_sessions} sessions already; delete one")
         if session_id is None:
-            session_id = secrets.token_urlsafe(18)
+            session_id = _mint()
         elif not ID_PATTERN.fullmatch(session_id):
             raise InvalidInput("id", "must match [A-Za-z0-9_-]{1,64}")
         if session_id in self._sessions.get(tenant, {}):
@@ -134,6 +134,13 @@ class SessionStore:
     def _is_expired(self, session: Session) -> bool:
         expires_at = session.expires_at
         return expires_at is not None and session.state is SessionState.IDLE and self._clock() >= expires_at
+
+
+def _mint() -> str:
+    """Unguessable, and never begins with a dash, which a command line would take for an option."""
+    while (session_id := secrets.token_urlsafe(18)).startswith("-"):
+        pass
+    return session_id
 
 
 def _matches(session: Session, wanted: SessionFilter) -> bool:

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
+from keypast import _terminal
 from keypast.client import Client, Session
 from keypast.errors import (
-    ConnectFailed,
     KeypastError,
     LengthExceeded,
-    ModelNotFound,
-    Refused,
     SessionGone,
     SessionNotFound,
 )
@@ -40,19 +38,12 @@ FINISHED = {
 
 
 def advice(error: KeypastError) -> str:
-    """One line: what went wrong and what to do about it."""
-    if isinstance(error, ConnectFailed):
-        return f"{error}; start the service with `keypast serve`, or give its --url"
+    """One line: what went wrong and what to do about it, in a chat."""
     if isinstance(error, LengthExceeded):
         return f"{error}; /undo, or begin a new chat"
-    if isinstance(error, Refused):
-        when = "later" if error.retry_after is None else f"in {error.retry_after:g} s"
-        return f"{error}; try again {when}"
     if isinstance(error, SessionGone | SessionNotFound):
         return f"{error}; begin a new chat"
-    if isinstance(error, ModelNotFound):
-        return f"{error}; `keypast models` lists what is loaded"
-    return str(error)
+    return _terminal.advice(error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,6 @@
 """The `keypast` command."""
 
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from json import dumps
 from os import environ
@@ -11,15 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from keypast.chat import Chat, ChatOptions, advice
+from keypast._terminal import Url, advice, console, failed, open_client
+from keypast.chat import Chat, ChatOptions
+from keypast.chat import advice as chat_advice
+from keypast.cli_sessions import sessions
 from keypast.client import Client
 from keypast.errors import KeypastError
 
-Connect = Callable[[str | None], Client]  # what a context's `obj` holds in place of Client
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-Url = Annotated[str | None, typer.Option(help="The service's address; default: KEYPAST_URL, else the local one.")]
+app.add_typer(sessions, name="sessions")
 
 
 @app.callback()
@@ -59,7 +58,7 @@ def serve(
         service = import_module("service.__main__")
     except ModuleNotFoundError as error:
         message = f"serving needs {error.name}, which is not installed: pip install 'keypast[server]'"
-        raise _failed(message) from None
+        raise failed(message) from None
     service.main()
 
 
@@ -67,16 +66,15 @@ def serve(
 def models(context: typer.Context, url: Url = None) -> None:
     """List the models that the service has loaded."""
     try:
-        with _connect(context, url) as client:
+        with open_client(context, url) as client:
             cards = client.models()
     except KeypastError as error:
-        raise _failed(advice(error)) from None
+        raise failed(advice(error)) from None
     table = Table("model", "kind", "max length", "dtype", "device", "inputs")
     for card in cards:
         inputs = ", ".join(info.name for info in card.inputs)
         table.add_row(card.id, card.kind, str(card.max_length), card.dtype, card.device, inputs)
-    # cut to a terminal's width only where there is one
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console().print(table)
 
 
 @app.command()
@@ -92,42 +90,29 @@ def chat(
     options = ChatOptions(system, temperature, max_tokens)
     prompt = "› " if sys.stdin.isatty() else ""
     try:
-        with _connect(context, url) as client:
+        with open_client(context, url) as client:
             name = model or _first_decoder(client)
             Chat(client, name, options, console=Console(), read=lambda: input(prompt)).run()
     except KeypastError as error:
-        raise _failed(advice(error)) from None
+        raise failed(chat_advice(error)) from None
 
 
 def main() -> None:
     app()
 
 
-def _connect(context: typer.Context, url: str | None) -> Client:
-    connect: Connect = context.obj or Client
-    try:
-        return connect(url)
-    except ValueError as error:
-        raise _failed(str(error)) from None
-
-
 def _first_decoder(client: Client) -> str:
     for card in client.models():
         if any(info.name == "token_ids" for info in card.inputs):
             return card.id
-    raise _failed("no loaded model takes text; start the service with one: keypast serve --model NAME=SPEC")
+    raise failed("no loaded model takes text; start the service with one: keypast serve --model NAME=SPEC")
 
 
 def _named(option: str) -> tuple[str, str]:
     name, equals, spec = option.partition("=")
     if not (name and equals and spec):
-        raise _failed(f"--model takes NAME=SPEC, not {option!r}")
+        raise failed(f"--model takes NAME=SPEC, not {option!r}")
     return name, spec
-
-
-def _failed(message: str) -> typer.Exit:
-    Console(stderr=True, soft_wrap=True).print(f"keypast: {message}", markup=False, highlight=False)
-    return typer.Exit(1)
 
 
 if __name__ == "__main__":
