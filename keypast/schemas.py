@@ -502,16 +502,44 @@ class Usage(Reply):
     reserved: int
 
 
+class OwnBlocks(Reply):
+    used: int
+    available: int = Field(description="how many more the caller could take now, within its quota")
+
+
 class PoolUsage(Reply):
     model: str
     block_size: int = Field(description="positions a block")
     blocks: Usage
     bytes: Usage
+    own: OwnBlocks | None = Field(default=None, description="the caller's; `blocks` and `bytes` are everybody's")
+
+
+class Quota(Reply):
+    """null: no bound of the caller's own."""
+
+    sessions: int | None = None
+    pinned: int | None = Field(default=None, description="of the sessions")
+    blocks: int | None = Field(default=None, description="of each pool")
+    positions_per_minute: int | None = None
+    concurrent_appends: int | None = Field(default=None, description="that run or wait")
+    guaranteed_blocks: int = Field(default=0, description="of each pool: nobody else takes them")
+
+
+class QuotaUse(Reply):
+    sessions: int
+    pinned: int
+    concurrent_appends: int
+    positions: float = Field(
+        description="of a minute's worth; it falls steadily, by positions_per_minute, and may pass it for a while"
+    )
 
 
 class Capacity(Reply):
     pools: list[PoolUsage]
     sessions: int = Field(description="the caller's")
+    quota: Quota | None = Field(default=None, description="the caller's")
+    use: QuotaUse | None = Field(default=None, description="the caller's")
 
 
 class Health(Reply):

@@ -64,6 +64,12 @@ def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable
         max_sessions=settings.max_sessions,
         max_past_bytes=settings.max_past_bytes,
         event_ring=settings.event_ring,
+        tombstones=settings.tombstones,
+        tombstone_seconds=settings.tombstone_seconds,
+        evict=settings.evict,
+        zero_freed=settings.zero_freed,
+        quota=settings.quota,
+        quotas=settings.tenant_quotas,
     )
     texts = {
         name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None

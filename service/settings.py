@@ -1,12 +1,16 @@
 """What the operator decides. The only reader of the environment: `KEYPAST_PORT=9000` sets `port`, and so on."""
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from engine.config import Quota
 
 PREFIX = "KEYPAST_"
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*(%|[kmgt]i?b?|b)?", re.IGNORECASE)
@@ -68,6 +72,23 @@ class Settings(BaseSettings):
     max_waiting_per_session: int = Field(default=16, ge=1, description="appends that may wait on one session")
     wait_seconds: float = Field(default=30.0, gt=0, description="an append that got no blocks by then is refused")
 
+    quota: Annotated[Quota, NoDecode] = Field(
+        default=Quota(),
+        description="of every tenant that has none of its own: NAME=NUMBER, separated by spaces, or a JSON object, of "
+        "sessions, pinned, blocks (of each model), positions_per_minute and concurrent_appends",
+    )
+    quotas: Annotated[dict[str, dict[str, int | None]], NoDecode] = Field(
+        default={},
+        description="a JSON object of tenants' own quotas: what one leaves out is as in quota; guaranteed_blocks are "
+        "kept free for the tenant",
+    )
+    evict: Literal["none", "lru"] = Field(
+        default="none", description="lru: when blocks are short, idle sessions that are not pinned are closed"
+    )
+    zero_freed: bool = Field(default=True, description="freed blocks are zeroed before they are used again")
+    tombstones: int = Field(default=65536, ge=1, description="gone sessions that still answer 410, the last ones")
+    tombstone_seconds: float = Field(default=3600.0, gt=0, description="how long a gone session answers 410")
+
     event_ring: int = Field(
         default=4096, ge=1, le=1 << 20, description="events of each tenant that a reader who comes back still gets"
     )
@@ -99,6 +120,35 @@ class Settings(BaseSettings):
             models[name] = spec
         return models
 
+    @field_validator("quota", mode="before")
+    @classmethod
+    def _quota(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("{"):
+            return json.loads(value)
+        return dict(_setting(entry) for entry in value.split())
+
+    @field_validator("quotas", mode="before")
+    @classmethod
+    def _json(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("quotas")
+    @classmethod
+    def _hold(cls, own: dict[str, dict[str, int | None]], info: ValidationInfo) -> dict[str, dict[str, int | None]]:
+        for tenant, fields in own.items():
+            try:
+                _own_quota(info.data.get("quota", Quota()), fields)
+            except ValueError as error:
+                raise ValueError(f"{tenant!r}: {error}") from None
+        return own
+
+    @property
+    def tenant_quotas(self) -> dict[str, Quota]:
+        """Of tenants that have one of their own, whole."""
+        return {tenant: _own_quota(self.quota, fields) for tenant, fields in self.quotas.items()}
+
     @field_validator("models")
     @classmethod
     def _well_named(cls, models: dict[str, str]) -> dict[str, str]:
@@ -112,6 +162,23 @@ class Settings(BaseSettings):
     def _readable(cls, text: str) -> str:
         parse_memory(text, available=1 << 40)
         return text
+
+
+def _own_quota(common: Quota, fields: Mapping[str, Any]) -> Quota:
+    """Raises ValueError."""
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(Quota)}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} is no quota")
+    if fields.get("guaranteed_blocks", 0) is None:
+        raise ValueError("guaranteed_blocks is a number")
+    return dataclasses.replace(common, **fields)
+
+
+def _setting(entry: str) -> tuple[str, int]:
+    name, _, number = entry.partition("=")
+    if not number.isdecimal():
+        raise ValueError(f"{entry!r} is not NAME=NUMBER, as in sessions=100")
+    return name, int(number)
 
 
 def parse_memory(text: str, available: int) -> int:

@@ -1,10 +1,12 @@
 """What is loaded, and how much room it has."""
 
+import dataclasses
+
 from fastapi import APIRouter, Request, Response
 
 from engine.specs import ModelSpec, TensorSpec
 from engine.stats import ModelCapacity
-from keypast.schemas import Capacity, ModelCard, ModelList, PoolUsage, TensorInfo, Usage
+from keypast.schemas import Capacity, ModelCard, ModelList, OwnBlocks, PoolUsage, Quota, QuotaUse, TensorInfo, Usage
 from keypast.wire import JSON_TYPE
 from service.auth import Tenant
 from service.lifecycle import service_of
@@ -23,10 +25,20 @@ async def list_models(request: Request) -> Response:
 
 @router.get("/capacity", responses={200: reply(Capacity, "Blocks and bytes of every pool."), **problems(503)})
 async def capacity(request: Request, tenant: Tenant) -> Response:
-    """Blocks and bytes: free, used, shared, reserved."""
-    engine = service_of(request).engine
-    pools = [_pool(model) for model in engine.capacity().models]
-    own = Capacity(pools=pools, sessions=len(engine.sessions(tenant)))
+    """Blocks and bytes: free, used, shared, reserved; the caller's quota, and what it uses of it."""
+    shown = service_of(request).engine.capacity(tenant)
+    use = QuotaUse(
+        sessions=shown.use.sessions,
+        pinned=shown.use.pinned,
+        concurrent_appends=shown.use.appends,
+        positions=shown.use.owed,
+    )
+    own = Capacity(
+        pools=[_pool(model) for model in shown.models],
+        sessions=use.sessions,
+        quota=Quota(**dataclasses.asdict(shown.quota)),
+        use=use,
+    )
     return Response(own.model_dump_json(), media_type=JSON_TYPE)
 
 
@@ -60,4 +72,10 @@ def _pool(model: ModelCapacity) -> PoolUsage:
             reserved=model.reserved * unit,
         )
 
-    return PoolUsage(model=model.model, block_size=model.block_size, blocks=usage(1), bytes=usage(model.block_bytes))
+    return PoolUsage(
+        model=model.model,
+        block_size=model.block_size,
+        blocks=usage(1),
+        bytes=usage(model.block_bytes),
+        own=OwnBlocks(used=model.own, available=model.available),
+    )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import Quota
 from service.settings import PREFIX, Settings, SettingsError, parse_memory, read_settings
 
 
@@ -49,6 +50,17 @@ def test_models(monkeypatch: pytest.MonkeyPatch, text: str, models: dict[str, st
         ("DTYPE", "int8", "float16"),
         ("LOG_LEVEL", "loud", "warning"),
         ("DRAIN_SECONDS", "-1", "SIGTERM"),
+        ("EVICT", "fifo", "lru"),
+        ("TOMBSTONE_SECONDS", "0", "410"),
+        ("QUOTA", "sessions", "NAME=NUMBER"),
+        ("QUOTA", "sessions=-1", "NAME=NUMBER"),
+        ("QUOTA", "sessions=0", "at least 1"),
+        ("QUOTA", "seats=3", "QUOTA"),
+        ("QUOTA", '{"blocks": "many"}', "integer"),
+        ("QUOTAS", "sessions=3", "JSON"),
+        ("QUOTAS", '{"a": {"seats": 3}}', "no quota"),
+        ("QUOTAS", '{"a": {"blocks": 3, "guaranteed_blocks": 4}}', "at least guaranteed_blocks"),
+        ("QUOTAS", '{"a": {"guaranteed_blocks": null}}', "a number"),
     ],
 )
 def test_a_bad_value_names_its_key_and_the_fix(
@@ -75,3 +87,18 @@ def test_a_bad_value_names_its_key_and_the_fix(
 )
 def test_memory(text: str, size: int) -> None:
     assert parse_memory(text, available=100 << 20) == size
+
+
+def test_a_tenants_quota_is_the_common_one_with_its_own_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (Settings().quota, Settings().tenant_quotas) == (Quota(), {})
+    monkeypatch.setenv("KEYPAST_QUOTA", "sessions=5 positions_per_minute=600")
+    monkeypatch.setenv("KEYPAST_QUOTAS", '{"a": {"guaranteed_blocks": 40, "sessions": null}, "b": {"pinned": 0}}')
+    settings = read_settings()
+    assert settings.quota == Quota(sessions=5, positions_per_minute=600)
+    assert settings.tenant_quotas == {
+        "a": Quota(positions_per_minute=600, guaranteed_blocks=40),
+        "b": Quota(sessions=5, positions_per_minute=600, pinned=0),
+    }
+    monkeypatch.setenv("KEYPAST_QUOTAS", "{}")
+    monkeypatch.setenv("KEYPAST_QUOTA", '{"blocks": 7}')
+    assert read_settings().quota == Quota(blocks=7)
