@@ -58,8 +58,13 @@ class Ranks:
 
     def share_like(self, whole: Tensor, own: torch.Size) -> Tensor:
         """This rank's part, of the shape `own`, of a tensor that is cut along one axis or none."""
-        cut = [axis for axis, (all_of_it, part) in enumerate(zip(whole.shape, own, strict=True)) if all_of_it != part]
-        return self.share(whole, cut[0]) if cut else whole
+        axis = _cut_axis(whole, own)
+        return whole if axis is None else self.share(whole, axis)
+
+    def split_like(self, whole: Tensor, own: torch.Size) -> Tensor:
+        """`share_like`, differentiable: each rank gets the gradient of the whole."""
+        axis = _cut_axis(whole, own)
+        return whole if axis is None else self.split(whole, axis)
 
     def copy(self, x: Tensor) -> Tensor:
         """x is the same on every rank, and each does something else with it."""
@@ -120,6 +125,11 @@ class Parallel:
         mesh = init_device_mesh(device, shape, mesh_dim_names=names)
         data, model = (Ranks(mesh.get_group(axis), mesh.get_local_rank(axis), shape[axis]) for axis in (1, 2))
         return cls(data, model)
+
+
+def _cut_axis(whole: Tensor, own: torch.Size) -> int | None:
+    sizes = enumerate(zip(whole.shape, own, strict=True))
+    return next((axis for axis, (all_of_it, part) in sizes if all_of_it != part), None)
 
 
 class _Moved(torch.autograd.Function):

@@ -14,7 +14,8 @@ Constructor, checks, parameters, call and results are the original's; the arithm
 `release="1.10"` gives that release's call: attn_out comes in the query's dtype instead of compute_dtype.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Self
 
 import torch
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from engine import layers
 from engine.attention.dense import DenseView, Past
 from engine.attention.mask import additive
+from engine.compat.convert import from_mindspore
 from engine.errors import LengthExceeded
+from engine.parallel import Parallel
 
 RELEASES = ("1.5", "1.10")
 
@@ -114,8 +117,10 @@ class MultiHeadAttention(Cell):
     `is_first_iteration`, with use_past: True for the call with the prompt, padded to S; False for the steps after it.
     Set it here, or with add_flags_recursive on any module above.
 
-    parallel_config: N must be a multiple of its model_parallel; the rest of it counts where torch.distributed is
-    initialised: B a multiple of its data_parallel, and no more cuts than ranks.
+    parallel_config: N must be a multiple of its model_parallel. The rest of it counts where torch.distributed is
+    initialised: B must be a multiple of data_parallel, and the cuts a divisor of the ranks. Every rank then calls the
+    layer with the whole batch and gets the whole result, as the original's callers do; in between it computes its share
+    of the rows, with its share of the heads. Parameters and their gradients are whole on every rank.
 
     Raises TypeError and ValueError as the original.
     """
@@ -155,6 +160,7 @@ class MultiHeadAttention(Cell):
         self.batch_size, self.hidden_size, self.num_heads = batch_size, hidden_size, num_heads
         self.src_seq_length, self.tgt_seq_length = src_seq_length, tgt_seq_length
         self.use_past, self.is_first_iteration, self.release = use_past, True, release
+        self.parallel_config = parallel_config
         core = layers.MultiHeadAttention(
             hidden_size,
             num_heads,
@@ -198,21 +204,63 @@ class MultiHeadAttention(Cell):
         step = self.use_past and not self.is_first_iteration
         self._check_inputs(query_tensor, key_tensor, value_tensor, attention_mask, step)
         past = self._check_past(key_past, value_past, batch_valid_length)
-        core = self._lent_core()
         if step and past is not None:
             _check_room(past.length, self.tgt_seq_length)
-            # In compute_dtype before the new token is added: that one is rounded no further than the products are.
-            key, value = past.key.to(core.compute_dtype), past.value.to(core.compute_dtype)
-            view = DenseView(past=Past(key, value, past.length - 1))
+            bias, new, past = None, None, past._replace(length=past.length - 1)
         else:
-            bias = additive(attention_mask, core.softmax_dtype)[:, None]
-            view = DenseView(bias=bias, new=None if past is None else past.length)
+            bias = additive(attention_mask, self._core.softmax_dtype)[:, None]
+            new, past = None if past is None else past.length, None
         shape = self.batch_size, -1, self.hidden_size
         query, key, value = (tensor.reshape(shape) for tensor in (query_tensor, key_tensor, value_tensor))
-        out = core(query, key, value, view).reshape(query_tensor.shape)
-        assert view.present is not None  # the call has set it
+        parallel = self._parallel()
+        if parallel is None:
+            out, present = _attend(self._lent_core(), query, key, value, bias, past, new)
+        else:
+            out, present = self._attend_cut(parallel, query, key, value, bias, past, new)
+        out = out.reshape(query_tensor.shape)
         out = out.to(query_tensor.dtype) if self.release == "1.10" else out
-        return out, (view.present.key, view.present.value)
+        return out, (present.key, present.value)
+
+    def _parallel(self) -> Parallel | None:
+        """The grid of ranks that this call is cut over, or None: it is not."""
+        config = self.parallel_config
+        if config.data_parallel * config.model_parallel == 1 or not _is_distributed():
+            return None
+        _check_parallel(config, self.batch_size, self.num_heads)
+        return _grid(config.data_parallel, config.model_parallel, dist.group.WORLD)
+
+    def _attend_cut(
+        self,
+        parallel: Parallel,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        past: Past | None,
+        new: Tensor | None,
+    ) -> tuple[Tensor, Past]:
+        """This rank's rows, with its heads, then everyone's results side by side. The core is made for the call."""
+        data, model = parallel.data, parallel.model
+        with torch.device("meta"):
+            core = layers.MultiHeadAttention(self.hidden_size, self.num_heads)
+            core.shard(parallel)
+        lent = self._lent_core()
+        core.compute_dtype, core.softmax_dtype, core.training = lent.compute_dtype, lent.softmax_dtype, lent.training
+        core.attention_dropout, core.output_dropout = lent.attention_dropout, lent.output_dropout
+        whole = from_mindspore(dict(self.named_parameters()))
+        weights = {name: model.split_like(data.copy(whole[name]), own.shape) for name, own in core.named_parameters()}
+        query, key, value = (data.split(tensor, 0) for tensor in (query, key, value))
+        if bias is not None:
+            bias = data.share(bias, 0)
+        if past is not None:
+            keys, values = (model.split(data.split(tensor, 0), 1) for tensor in past[:2])
+            past = Past(keys, values, data.share(past.length, 0))
+        if new is not None:
+            new = data.share(new, 0)
+        call = partial(torch.func.functional_call, core, weights)
+        out, present = _attend(core, query, key, value, bias, past, new, call)
+        keys, values = (data.join(model.join(tensor, 1), 0) for tensor in present[:2])
+        return data.join(out, 0), Past(keys, values, present.length)
 
     def _lent_core(self) -> layers.MultiHeadAttention:
         """The core with what this module holds now: train() does not reach it, nor does a linear that is replaced."""
@@ -288,13 +336,45 @@ def _check_parallel(config: object, batch_size: int, num_heads: int) -> None:
         raise TypeError(f"parallel_config: must be an OpParallelConfig, got {config!r}")
     if num_heads % config.model_parallel:
         raise ValueError(f"num_heads: must be a multiple of model_parallel, {config.model_parallel}, got {num_heads}")
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_distributed():
         return
     if batch_size % config.data_parallel:
         raise ValueError(f"batch_size: must be a multiple of data_parallel, {config.data_parallel}, got {batch_size}")
     cuts, ranks = config.data_parallel * config.model_parallel, dist.get_world_size()
     if cuts > ranks:
         raise ValueError(f"parallel_config: {config} needs {cuts} ranks, there are {ranks}")
+    if ranks % cuts:
+        raise ValueError(f"parallel_config: {config} makes {cuts} parts, which do not divide {ranks} ranks")
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+@cache
+def _grid(data_parallel: int, model_parallel: int, world: dist.ProcessGroup) -> Parallel:
+    """One for all layers: its groups are made once, which takes every rank of `world`."""
+    return Parallel.grid(data_parallel, model_parallel, "cuda" if dist.get_backend(world) == "nccl" else "cpu")
+
+
+def _attend(
+    core: layers.MultiHeadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    past: Past | None,
+    new: Tensor | None,
+    call: Callable[[tuple[Tensor, Tensor, Tensor, DenseView]], Tensor] | None = None,
+) -> tuple[Tensor, Past]:
+    """`call`: runs the core, where it is not run over its own parameters."""
+    if past is not None:
+        # In compute_dtype before the new token is added: that one is rounded no further than the products are.
+        past = Past(past.key.to(core.compute_dtype), past.value.to(core.compute_dtype), past.length)
+    view = DenseView(bias=bias, past=past, new=new)
+    out = core(query, key, value, view) if call is None else call((query, key, value, view))
+    assert view.present is not None  # the call has set it
+    return out, view.present
 
 
 def _check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
