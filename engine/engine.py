@@ -405,7 +405,7 @@ class Engine:
                 served.scheduler.remove(work)
             elif work.started_at is None and work.future is not None and work.future.cancelled():
                 self._fail(served, work, EngineStopped("cancelled before it was scheduled"))
-            elif not work.reserved and work.submitted_at + self.config.wait_seconds <= now:
+            elif work.submitted_at + self.config.wait_seconds <= now and served.scheduler.missing(work):
                 waited = f"no blocks came free within {self.config.wait_seconds:g} s; delete or truncate a session"
                 self._fail(served, work, PoolExhausted(waited))
 

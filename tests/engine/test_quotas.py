@@ -156,6 +156,17 @@ def test_what_the_guaranteed_gives_back_is_kept_for_it() -> None:
     assert house.append(house.open("g"), 16, "g").valid_length == [16]
 
 
+def test_only_who_lacks_blocks_is_refused_for_it() -> None:
+    """However long the turns are: what is there to be had is not said to be missing."""
+    house = Decoders(blocks=4, wait_seconds=1.0)
+    session = house.open(positions=16)
+    append = house.submit(house.open(), 16)
+    house.engine.delete_session(session)  # freed, and not zeroed yet
+    house.later(5)
+    house.run()
+    assert append.future.result(0).valid_length == [16]
+
+
 def test_guarantees_must_fit_every_pool() -> None:
     with pytest.raises(InvalidInput, match="quotas: model decoder: 25 blocks are guaranteed, the pool has 24"):
         Decoders(quotas={"a": Quota(guaranteed_blocks=20), "b": Quota(guaranteed_blocks=5)})
