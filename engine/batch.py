@@ -37,6 +37,16 @@ from engine.stats import SessionInfo
 Array = NDArray[Any]
 
 
+@dataclass(slots=True, eq=False)
+class Once:
+    """What makes a request itself, so that it is done once: `digest` of all that it asks for, and the `key` that its
+    caller gave it. The engine sets `replayed` when it answers with the result of the first time."""
+
+    digest: bytes
+    key: str | None = None
+    replayed: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """How the next token is drawn from the logits, in this order: repetition_penalty (divides positive and multiplies
@@ -92,6 +102,7 @@ class Append:
     expected_version: int | None = None
     want: Want = Want()
     keep: bool = True
+    once: Once | None = None
     future: Future[AppendResult] = field(default_factory=Future)
 
 
@@ -103,6 +114,7 @@ class Truncate:
     length: int | list[int]
     tenant: str = ""
     expected_version: int | None = None
+    once: Once | None = None
     future: Future[SessionInfo] = field(default_factory=Future)
 
 
@@ -122,6 +134,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
+    """`stopped_by`: the token for which `stop` ended the row, which was drawn and not appended."""
+
     token_ids: list[list[int]]
     logprobs: list[list[float]]
     finish_reason: list[FinishReason]
@@ -130,6 +144,7 @@ class GenerateResult:
     version: int
     queue_ms: float
     compute_ms: float
+    stopped_by: list[int | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -150,8 +165,10 @@ class Generate:
     stop: Callable[[int, int], bool] | None = None
     on_token: Callable[[TokenEvent], None] | None = None
     expected_version: int | None = None
+    once: Once | None = None
     future: Future[GenerateResult] = field(default_factory=Future)
     cancelled: bool = False  # set by anyone, at any time
+    partial: GenerateResult | None = None  # what it had done when it failed, if anything
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,6 +196,7 @@ class ExportPast:
     session_id: str
     tenant: str = ""
     expected_version: int | None = None
+    once: None = None  # it changes nothing
     future: Future[ExportResult] = field(default_factory=Future)
 
 
@@ -190,6 +208,7 @@ class ImportPast:
     past: SessionPast
     tenant: str = ""
     expected_version: int | None = None
+    once: Once | None = None
     future: Future[SessionInfo] = field(default_factory=Future)
 
 

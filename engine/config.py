@@ -47,6 +47,9 @@ class EngineConfig:
     zero_freed: bool = True  # a freed block is zeroed before it is handed out again
     zero_bytes: int = 32 << 20  # that one turn zeroes at most, and at least one block
     max_past_bytes: int = 1 << 30  # of one exported past
+    replay_keys: int = 64  # requests of a session that are known again by their keys
+    replay_bytes_per_session: int = 16 << 20  # of their replies, which are given again
+    replay_bytes: int = 256 << 20  # of all sessions' replies
     quota: Quota = Quota()  # of a tenant that has none of its own in `quotas`
     quotas: Mapping[str, Quota] = field(default_factory=dict)
 

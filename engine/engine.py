@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
+from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 from engine.admission import (
@@ -30,6 +31,7 @@ from engine.batch import (
     ExportResult,
     Generate,
     ImportPast,
+    Once,
     Operation,
     RowResult,
     Transfer,
@@ -52,6 +54,7 @@ from engine.errors import (
 from engine.events import EventLog
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
+from engine.replay import Replays
 from engine.results import gather
 from engine.serving import Runner, Served
 from engine.session import Sequence, Session, SessionChanges, SessionFilter, SessionState
@@ -78,6 +81,9 @@ class Engine:
         self._waiting = 0
         self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
         self._tenants = Tenants(config, self._store, clock)
+        self._replays = Replays(
+            config.replay_keys, config.replay_bytes_per_session, config.replay_bytes, config.tombstones
+        )
         self.events = EventLog(config.event_ring, clock)
         self._served: dict[str, Served] = {}
         for runner in runners:
@@ -100,9 +106,12 @@ class Engine:
         ttl_seconds: float | None = None,
         pinned: bool = False,
         labels: dict[str, str] | None = None,
+        once: Once | None = None,
     ) -> SessionInfo:
         """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, QuotaExceeded, EngineStopped."""
         with self._lock:
+            if (created := self._replays.find_created(tenant, once)) is not None:
+                return created
             self._refuse_when_stopping()
             served = self._served.get(model)
             if served is None:
@@ -128,12 +137,16 @@ class Engine:
             self._tenants.add(tenant, sessions=1, pinned=int(pinned))
             self.events.emit("created", session)
             self._tell()  # its end may be the next to come
-            return self._info(session)
+            info = self._info(session)
+            self._replays.remember_created(session, once, info)
+            return info
 
     def session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> SessionInfo:
         """Raises SessionNotFound, SessionGone, Moved."""
         with self._lock:
-            return self._info(self._expected(tenant, session_id, expected_version))
+            session = self._store.find(tenant, session_id)
+            check_version(expected_version, session)
+            return self._info(session)
 
     def sessions(self, tenant: str = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
         """The tenant's sessions, or those of them that are wanted, oldest first."""
@@ -155,7 +168,8 @@ class Engine:
         """
         with self._lock:
             self._refuse_when_stopping()
-            session = self._expected(tenant, session_id, expected_version)
+            session = self._store.find(tenant, session_id)
+            check_version(expected_version, session)
             labels = merged_labels(session.labels, changes.get("labels", {}))
             check_ttl(changes.get("ttl_seconds"))
             pinned = changes.get("pinned", session.pinned)
@@ -168,13 +182,22 @@ class Engine:
             self._tell()
             return self._info(session)
 
-    def delete_session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> Receipt:
+    def delete_session(
+        self, session_id: str, tenant: str = "", *, expected_version: int | None = None, once: Once | None = None
+    ) -> Receipt:
         """Frees every block now, also while an append runs: that append ends with SessionGone.
 
         Raises SessionNotFound, SessionGone, Moved.
         """
         with self._lock:
-            return self._close(self._expected(tenant, session_id, expected_version), "deleted")
+            if (deleted := self._replays.find_deleted(tenant, session_id, once)) is not None:
+                return deleted
+            session = self._store.find(tenant, session_id)
+            self._replays.find(session, once)  # its key may be another request's
+            check_version(expected_version, session)
+            receipt = self._close(session, "deleted")
+            self._replays.remember_deleted(session, once, receipt)
+            return receipt
 
     def fork(
         self,
@@ -184,6 +207,7 @@ class Engine:
         count: int = 1,
         at: int | list[int] | None = None,
         expected_version: int | None = None,
+        once: Once | None = None,
     ) -> list[SessionInfo]:
         """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy. They
         have its time to live and its labels, and are not pinned.
@@ -191,8 +215,12 @@ class Engine:
         Raises SessionNotFound, SessionGone, Moved, InvalidInput, QueueFull, QuotaExceeded.
         """
         with self._lock:
+            parent = self._store.find(tenant, session_id)
+            children: list[SessionInfo] | None = self._replays.find(parent, once)
+            if children is not None:
+                return children
             self._refuse_when_stopping()
-            parent = self._expected(tenant, session_id, expected_version)
+            check_version(expected_version, parent)
             if not 1 <= count <= MAX_FORKS:
                 raise InvalidInput("count", f"must be 1 to {MAX_FORKS}, got {count}")
             if len(self._store) + count > self.config.max_sessions:
@@ -202,7 +230,9 @@ class Engine:
             self._tenants.admit(tenant, sessions=count)
             self._store.touch(parent)
             self._tenants.add(tenant, sessions=count)
-            return [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
+            children = [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
+            self._replays.remember(parent, once, children, parent.version)
+            return children
 
     def capacity(self, tenant: str = "") -> Capacity:
         """What there is, and what the tenant has and may have of it."""
@@ -222,8 +252,10 @@ class Engine:
             info = self.session(operation.session_id, operation.tenant)
             check_past(self._served[info.model].spec, operation.past, len(info.valid_length))
         with self._lock:
-            self._refuse_when_stopping()
             session = self._store.find(operation.tenant, operation.session_id)
+            if self._replay(operation, session):
+                return
+            self._refuse_when_stopping()
             self._check_now(operation, session)
             if len(session.waiting) >= self.config.max_waiting_per_session:
                 raise QueueFull(f"{len(session.waiting)} operations wait on this session already")
@@ -237,6 +269,13 @@ class Engine:
             self._advance(session)
             if self._held_until(self._served[session.model]) is None:
                 self._tell()
+
+    def recalls(self, session_id: str, tenant: str, once: Once, expected_version: int | None) -> bool:
+        """Whether `submit` would answer with what was done before. Raises SessionNotFound, SessionGone, KeyReused,
+        ReplyDropped."""
+        with self._lock:
+            session = self._store.find(tenant, session_id)
+            return self._replays.find(session, replace(once), expected_version) is not None
 
     def run_once(self) -> bool:
         """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run yet.
@@ -326,6 +365,7 @@ class Engine:
             if self._waiting != sum(len(session.waiting) for session in self._store):
                 raise RuntimeError(f"{self._waiting} operations are counted as waiting, the queues say otherwise")
             self._tenants.check(counts_by_tenant(self._store))
+            self._replays.check()
 
     # What runs.
 
@@ -363,20 +403,20 @@ class Engine:
 
     def _commit(self, served: Served, work: Work) -> None:
         """The append becomes part of the past: everything that can fail has happened before the first change."""
+        session, history = work.session, served.spec.history
         try:
             outputs = gather(work)
+            ids = [work.inputs[history][row, :n].tolist() if history and n else [] for row, n in enumerate(work.new)]
         except Exception as error:
-            self._fail(served, work, error)
+            self._fail(served, work, _as_engine_error(error))
             return
         if not work.keep:
             served.scheduler.roll_back(work)
-            self._store.touch(work.session)
+            self._store.touch(session)
             work.finish(work, outputs, None)
             return
-        session, history = work.session, served.spec.history
         for index, (sequence, new) in enumerate(zip(session.sequences, work.new, strict=True)):
-            if history is not None and new:
-                sequence.history.extend(work.inputs[history][index, :new].tolist())
+            sequence.history.extend(ids[index])
             sequence.length += new
             if work.results[index]:
                 sequence.tail = work.results[index][-1].tail
@@ -437,7 +477,10 @@ class Engine:
                 self._pop(session)
                 continue
             try:
-                self._start(operation, session)
+                if self._replay(operation, session):
+                    self._pop(session)
+                else:
+                    self._start(operation, session)
             except EngineError as error:
                 self._pop(session)
                 _reject(operation, error)
@@ -447,8 +490,7 @@ class Engine:
         if isinstance(operation, Truncate):
             check_version(operation.expected_version, session)
             self._truncate(served, session, row_lengths("length", operation.length, session))
-            self._pop(session)
-            _resolve(operation.future, self._info(session))
+            self._done(operation, session, self._info(session), session.version - 1)
         elif isinstance(operation, Append):
             new = new_positions(served.spec, operation, session, served.most_positions(session.tenant))
             queries = query_count(served.spec, operation)
@@ -503,14 +545,27 @@ class Engine:
         session = work.session
         if session.state is SessionState.CLOSED:
             return
-        operation = self._pop(session)
+        operation: Operation = session.waiting[0]
         self._tenants.took(self._clock() - work.submitted_at)
         session.state = SessionState.IDLE
-        if error is not None:
-            _reject(operation, error)
+        if error is None:
+            self._done(operation, session, self._result(operation, work, outputs), session.version - work.changes)
         else:
-            _resolve(operation.future, self._result(operation, work, outputs))
+            _reject(self._pop(session), error)
         self._advance(session)
+
+    def _done(self, operation: Operation, session: Session, result: object, before: int) -> None:
+        """Ends an operation that was applied to the session, which was at version `before`: remembered, then told."""
+        self._pop(session)
+        self._replays.remember(session, operation.once, result, before)
+        _resolve(operation.future, result)
+
+    def _replay(self, operation: Operation, session: Session) -> bool:
+        """Answers it with what was done before, if it was. Raises KeyReused, ReplyDropped."""
+        result = self._replays.find(session, operation.once, operation.expected_version)
+        if result is not None:
+            _resolve(operation.future, result)
+        return result is not None
 
     def _result(self, operation: Operation, work: Work, outputs: dict[str, Any]) -> object:
         session = work.session
@@ -545,12 +600,14 @@ class Engine:
                     return
             except Exception as failure:  # also what `stop` and `on_token` raise
                 error = failure
-            self._pop(session)
             session.state = SessionState.IDLE
-            if error is not None:
-                _reject(operation, error)
+            if error is None:
+                self._done(operation, session, generation.result(), generation.began_at)
             else:
-                _resolve(operation.future, generation.result())
+                operation.partial = generation.partial()
+                if operation.partial is not None:
+                    self._replays.remember(session, operation.once, operation.partial, generation.began_at)
+                _reject(self._pop(session), error)
             self._advance(session)
 
         rows = len(session.sequences)
@@ -591,6 +648,7 @@ class Engine:
         self._store.close(session, reason)
         self.events.emit(reason, session)
         self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))
+        self._replays.forget(session)
         freed = served.pool.release(blocks)
         while session.waiting:
             _reject(self._pop(session), SessionGone(reason))
@@ -627,11 +685,6 @@ class Engine:
         self._count(session, -1)
         operation: Operation = session.waiting.popleft()
         return operation
-
-    def _expected(self, tenant: str, session_id: str, version: int | None) -> Session:
-        session = self._store.find(tenant, session_id)
-        check_version(version, session)
-        return session
 
     def _expire(self) -> None:
         for session in self._store.expired():

@@ -2,13 +2,15 @@
 
     EngineError
     ├── InvalidInput          a value, shape or dtype is wrong          (`field` names it)
-    │   └── LengthExceeded    longer than max_length, or than the whole pool
+    │   ├── LengthExceeded    longer than max_length, or than the whole pool
+    │   └── KeyReused         the key came with another request before
     ├── ModelNotFound         no model of that name is loaded
     ├── SessionNotFound       unknown here, or another tenant's: the two must look the same
     ├── SessionExists         the client-chosen id is taken
     ├── SessionGone           deleted, expired or evicted               (`reason` says which)
     ├── WrongState            a step on an empty session, an import into any other
     ├── Moved                 the version or the length is not what the caller expected
+    │   └── ReplyDropped      done before, and not again; its reply was too large to keep
     ├── Refused               not now, try again                        (`retry_after` seconds)
     │   ├── QueueFull         too many appends wait
     │   ├── QuotaExceeded     the tenant's quota of sessions, pins, blocks, positions a minute or appends is used up
@@ -35,6 +37,13 @@ class InvalidInput(EngineError):
 
 class LengthExceeded(InvalidInput):
     """The append would pass the session's max_length, or could never fit the pool."""
+
+
+class KeyReused(InvalidInput):
+    """A key stands for one request."""
+
+    def __init__(self) -> None:
+        super().__init__("Idempotency-Key", "came with another request on this session; a new request needs a new key")
 
 
 class ModelNotFound(EngineError):
@@ -72,6 +81,15 @@ class Moved(EngineError):
         super().__init__(message)
         self.version = version
         self.valid_length = valid_length
+
+
+class ReplyDropped(Moved):
+    """This very request was done before, and made version `made`; its reply was too large to be kept."""
+
+    def __init__(self, made: int, version: int, valid_length: list[int]) -> None:
+        message = f"this was done before, at version {made}, and nothing is done now; its reply was too large to keep"
+        super().__init__(message, version, valid_length)
+        self.made = made
 
 
 class Refused(EngineError):

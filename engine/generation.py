@@ -4,6 +4,7 @@ A generation starts with a peek (no position, a sample of the last position's ou
 tokens just drawn and draws the next ones, until every row has stopped.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ class Generation:
         rows = len(session.sequences)
         self.operation = operation
         self.past_length = session.valid_length
+        self.began_at = session.version
         self.compute_ms = 0.0
         self.queue_ms: float | None = None  # of the first turn; later turns wait behind other rows, which is compute
         self._session = session
@@ -25,6 +27,7 @@ class Generation:
         self._logprobs: list[list[float]] = [[] for _ in range(rows)]
         self._drawn: list[int | None] = [None] * rows
         self._drawn_logprobs: list[float | None] = [None] * rows
+        self._stopped_by: list[int | None] = [None] * rows
 
     @property
     def want(self) -> Want:
@@ -79,21 +82,44 @@ class Generation:
             for row, token in enumerate(self._drawn)
         )
 
-    def result(self) -> GenerateResult:
+    def result(self, otherwise: FinishReason = "length") -> GenerateResult:
+        """`otherwise`: why the rows ended that have not ended by themselves."""
         return GenerateResult(
             token_ids=self._tokens,
             logprobs=self._logprobs,
-            finish_reason=[reason or "length" for reason in self._reasons],
+            finish_reason=[reason or otherwise for reason in self._reasons],
             past_length=self.past_length,
             valid_length=self._session.valid_length,
             version=self._session.version,
             queue_ms=self.queue_ms or 0.0,
             compute_ms=self.compute_ms,
+            stopped_by=self._stopped_by,
         )
+
+    def partial(self) -> GenerateResult | None:
+        """The result of one that fails now; None when it has appended nothing."""
+        return self.result("cancelled") if any(self._tokens) else None
 
     def _stops(self, row: int, token: int) -> bool:
         stop = self.operation.stop
-        return token in self.operation.stop_ids or (stop is not None and stop(row, token))
+        if token in self.operation.stop_ids:
+            return True
+        if stop is None or not stop(row, token):
+            return False
+        self._stopped_by[row] = token
+        return True
 
     def _is_full(self, row: int, more: int = 0) -> bool:
         return self._session.sequences[row].length + more >= self._session.max_length
+
+
+def commits(result: GenerateResult) -> Iterator[TokenEvent]:
+    """The commits of a generation, again."""
+    turns = max(map(len, result.token_ids))
+    valid = list(result.past_length)
+    for turn in range(turns):
+        past = list(valid)
+        tokens = [row[turn] if turn < len(row) else None for row in result.token_ids]
+        logprobs = [row[turn] if turn < len(row) else None for row in result.logprobs]
+        valid = [length + (token is not None) for length, token in zip(past, tokens, strict=True)]
+        yield TokenEvent(tokens, logprobs, past, list(valid), result.version - turns + turn + 1)

@@ -6,7 +6,7 @@ from typing import Protocol
 from engine.batch import Array, Batch, RowResult
 from engine.blocks import NULL_BLOCK, BlockPool, blocks_for
 from engine.config import EngineConfig
-from engine.errors import InvalidInput
+from engine.errors import InvalidInput, ModelFailed
 from engine.eviction import victims
 from engine.gather import Gather
 from engine.scheduler import Scheduler
@@ -73,7 +73,10 @@ class Served:
         """The batch on the device; a result a row, in order."""
         work = batch.rows[0].work
         if work.transfer is None:
-            return self.runner.run(batch)
+            results = self.runner.run(batch)
+            if len(results) != len(batch.rows):
+                raise ModelFailed(f"the model gave {len(results)} results for {len(batch.rows)} rows")
+            return results
         tables, lengths = [row.table.tolist() for row in batch.rows], [row.stop for row in batch.rows]
         if work.transfer == "read_past":
             work.outputs = self.runner.read_past(tables, lengths)

@@ -8,7 +8,8 @@
     ├── ProtocolError              the reply is not of this contract: another service, or a newer one
     └── StatusError                the service refused     (`status`, `code`, `detail`, `request_id`)
         ├── InvalidInput           400 405 413 415 422, or found before sending      (`field`)
-        │   └── LengthExceeded     longer than max_length, or than the whole pool
+        │   ├── LengthExceeded     longer than max_length, or than the whole pool
+        │   └── KeyReused          the idempotency key came with another request before
         ├── Denied                 401 403
         ├── NotFound               404
         │   ├── SessionNotFound    unknown, or another tenant's
@@ -18,6 +19,7 @@
         │   └── WrongState         a step on an empty session, an import into any other
         ├── SessionGone            410     (`reason`)
         ├── PreconditionFailed     412     (`version`, `valid_length`: the session as it is)
+        │   └── ReplyDropped       a retry of what was done before, whose reply was too large to keep
         ├── Refused                429 503: not now, and nothing was applied     (`retry_after` seconds)
         │   ├── QueueFull          too many appends wait
         │   ├── QuotaExceeded      the caller has what its quota allows
@@ -80,6 +82,10 @@ class LengthExceeded(InvalidInput):
     """Longer than the session's max_length, or than the whole pool."""
 
 
+class KeyReused(InvalidInput):
+    """An idempotency key stands for one request, and this one came with another before."""
+
+
 class Denied(StatusError):
     """No key, a bad one, or one that may not do this."""
 
@@ -128,6 +134,10 @@ class PreconditionFailed(StatusError):
         return self.problem.valid_length
 
 
+class ReplyDropped(PreconditionFailed):
+    """The call was applied when it was sent the first time, and not again; its reply was too large to be kept."""
+
+
 class Refused(StatusError):
     """Not now, and nothing was applied. `retry_after` is in seconds, None when the service did not say."""
 
@@ -170,12 +180,14 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.WRONG_STATE: WrongState,
     Code.SESSION_GONE: SessionGone,
     Code.MOVED: PreconditionFailed,
+    Code.REPLY_DROPPED: ReplyDropped,
     Code.MALFORMED: InvalidInput,
     Code.METHOD_NOT_ALLOWED: InvalidInput,
     Code.BODY_TOO_LARGE: InvalidInput,
     Code.UNSUPPORTED_MEDIA_TYPE: InvalidInput,
     Code.INVALID_INPUT: InvalidInput,
     Code.LENGTH_EXCEEDED: LengthExceeded,
+    Code.KEY_REUSED: KeyReused,
     Code.QUEUE_FULL: QueueFull,
     Code.QUOTA_EXCEEDED: QuotaExceeded,
     Code.POOL_EXHAUSTED: PoolExhausted,

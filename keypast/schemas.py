@@ -42,10 +42,12 @@ class Code(StrEnum):
     WRONG_STATE = "wrong_state"  # 409
     SESSION_GONE = "session_gone"  # 410
     MOVED = "moved"  # 412
+    REPLY_DROPPED = "reply_dropped"  # 412
     BODY_TOO_LARGE = "body_too_large"  # 413
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"  # 415
     INVALID_INPUT = "invalid_input"  # 422
     LENGTH_EXCEEDED = "length_exceeded"  # 422
+    KEY_REUSED = "idempotency_key_reused"  # 422
     QUEUE_FULL = "queue_full"  # 429
     QUOTA_EXCEEDED = "quota_exceeded"  # 429
     POOL_EXHAUSTED = "pool_exhausted"  # 429

@@ -481,3 +481,12 @@ def parse_if_match(value: str | None) -> int | None:
     if match is None:
         raise WireError("If-Match", 'one version in quotes, as ETag gives it: "3"')
     return int(match[1])
+
+
+def parse_key(values: Sequence[str]) -> str | None:
+    """The request's Idempotency-Key, of all that it has. Raises WireError."""
+    if not values:
+        return None
+    if len(values) > 1 or not re.fullmatch(r"[!-~]{1,255}", values[0]):
+        raise WireError("Idempotency-Key", "one key of 1 to 255 visible ASCII characters")
+    return values[0]

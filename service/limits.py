@@ -21,10 +21,15 @@ async def read_json(request: Request, model: type[Model], limit: int, own_type: 
 
     Raises WireError and its children, BodyTooLarge, ReaderGone.
     """
+    return validated(model, await json_body(request, limit, own_type))
+
+
+async def json_body(request: Request, limit: int, own_type: str | None = None) -> bytes:
+    """What should be JSON. Raises UnsupportedMediaError, BodyTooLarge, ReaderGone."""
     named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if named != own_type and is_safetensors(request.headers.get("content-type")):
         raise UnsupportedMediaError("Content-Type", f"{SAFETENSORS_TYPE} is for tensors only; send {JSON_TYPE}")
-    return validated(model, await read_body(request, limit))
+    return await read_body(request, limit)
 
 
 async def read_body(request: Request, limit: int) -> bytes:

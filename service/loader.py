@@ -70,6 +70,8 @@ def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable
         zero_freed=settings.zero_freed,
         quota=settings.quota,
         quotas=settings.tenant_quotas,
+        replay_bytes=settings.replay_bytes,
+        replay_bytes_per_session=settings.replay_bytes_per_session,
     )
     texts = {
         name: TextModel(model.tokenizer, model.end_ids) for name, model in models.items() if model.tokenizer is not None

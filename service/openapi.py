@@ -20,7 +20,8 @@ _MEANINGS = {
     404: "No such session, or another tenant's.",
     409: "The session is not in a state for this, or its id is taken; not to be sent again.",
     410: "The session was there and is gone; `reason` says why.",
-    412: "The version or the length has moved; the present ones are in the body. Nothing was done.",
+    412: "The version or the length has moved, or (`reply_dropped`) this was done before and its reply was too large "
+    "to keep; the present version and length are in the body. Nothing was done now.",
     413: "The body is too large.",
     415: "Neither JSON nor safetensors.",
     422: "A value, shape or dtype is wrong, or too long; `field` names it.",
@@ -44,16 +45,37 @@ LAST_EVENT_ID = {
     "description": "The `id` of the last event that was read; the stream goes on after it.",
     "schema": {"type": "string"},
 }
+KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Names this request, 1 to 255 visible ASCII characters. Sent again with the same key and body, it "
+    "is not done again: the first reply comes again, with `Idempotent-Replayed: true`; with another body it is refused "
+    "(422). A session knows its last 64 keys.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
+GUARDS = [IF_MATCH, KEY]
+REPLAYED_HEADER = {
+    "Idempotent-Replayed": {
+        "description": "`true` when the request was done before and this is its reply again; else it is not there.",
+        "schema": {"type": "string", "enum": ["true"]},
+    }
+}
 VERSION_HEADERS = {"ETag": {"description": 'The session\'s version, quoted: `"3"`.', "schema": {"type": "string"}}}
-APPEND_HEADERS = VERSION_HEADERS | {
-    name: {"description": f"`{field}`, for those who do not read the body.", "schema": {"type": "string"}}
-    for name, field in {
-        "Keypast-Version": "version",
-        "Keypast-Past-Length": "past_length",
-        "Keypast-Valid-Length": "valid_length",
-        "Keypast-Queue-Ms": "timings.queue_ms",
-        "Keypast-Compute-Ms": "timings.compute_ms",
-    }.items()
+_SCALARS = {
+    "Keypast-Version": "version",
+    "Keypast-Past-Length": "past_length",
+    "Keypast-Valid-Length": "valid_length",
+    "Keypast-Queue-Ms": "timings.queue_ms",
+    "Keypast-Compute-Ms": "timings.compute_ms",
+}
+APPEND_HEADERS = {
+    **VERSION_HEADERS,
+    **REPLAYED_HEADER,
+    **{
+        name: {"description": f"`{field}`, for those who do not read the body.", "schema": {"type": "string"}}
+        for name, field in _SCALARS.items()
+    },
 }
 BINARY = {"type": "string", "format": "binary"}
 PAST = BINARY | {
@@ -103,12 +125,12 @@ def append_request(model: type[BaseModel]) -> dict[str, Any]:
         }
         for name in _APPEND_OPTIONS
     ]
-    return {**document, "parameters": [IF_MATCH, *parameters]}
+    return {**document, "parameters": [*GUARDS, *parameters]}
 
 
 def past_request() -> dict[str, Any]:
     content = {SAFETENSORS_TYPE: {"schema": PAST}}
-    return {"requestBody": {"required": True, "content": content}, "parameters": [IF_MATCH]}
+    return {"requestBody": {"required": True, "content": content}, "parameters": GUARDS}
 
 
 def past_reply() -> dict[str, Any]:

@@ -96,6 +96,10 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
+    replay_bytes: int = Field(
+        default=256 << 20, ge=1024, description="of replies that are kept for retries, of all sessions"
+    )
+    replay_bytes_per_session: int = Field(default=16 << 20, ge=1024, description="of them, of one session")
     ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")
     drain_seconds: float = Field(default=30.0, ge=0, description="how long running work may go on after SIGTERM")
     cancel_seconds: float = Field(default=5.0, ge=0, description="how long generations may take to end after that")

@@ -34,8 +34,11 @@ class EventStream(Response):
 
     media_type = EVENT_STREAM
 
-    def __init__(self, events: AsyncGenerator[bytes], end: bytes = DONE) -> None:
-        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})  # nobody may hold it back
+    def __init__(
+        self, events: AsyncGenerator[bytes], end: bytes = DONE, headers: Mapping[str, str] | None = None
+    ) -> None:
+        unheld = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nobody may hold it back
+        super().__init__(headers={**unheld, **(headers or {})})
         del self.headers["content-length"]
         self._events = events
         self._end = end

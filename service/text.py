@@ -1,14 +1,15 @@
 """Text at the service's edge: what a request says becomes token ids, and what a model says becomes text."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from engine.batch import Array, Sample, TokenEvent
+from engine.batch import Array, GenerateResult, Sample, TokenEvent
 from engine.errors import InvalidInput
+from engine.generation import commits
 from engine.stats import SessionInfo
 from engine.text import StopStrings, Tokenizer
 from keypast.schemas import MAX_SEED, AppendRequest, FinishReason, SampleOptions
@@ -99,6 +100,17 @@ class GeneratedText:
                 said[row] = self._drawn[row]
                 self._texts[row] += said[row]
         return said
+
+    def again(self, result: GenerateResult) -> Iterator[tuple[TokenEvent, list[str]]]:
+        """A whole generation that was written before: its commits and what each had to say, up to its end."""
+        for event in commits(result):
+            for row, token in enumerate(event.token_ids):
+                if token is not None:
+                    self.stops(row, token)
+            yield event, self.committed(event)
+        for row, token in enumerate(result.stopped_by):
+            if token is not None:
+                self.stops(row, token)
 
     def rest(self, reasons: Sequence[FinishReason]) -> list[str]:
         """What was held back until the row had ended."""

@@ -6,7 +6,7 @@
                                 <- tokens ---
 
 A reader who leaves before the work is scheduled takes it along; after that it commits. A generation whose reader leaves
-ends at the token being computed.
+ends at the token being computed, unless the reader may come back for it.
 """
 
 import asyncio
@@ -106,10 +106,17 @@ class EngineWorker:
         return await _answer(operation.future, receive)
 
     async def generate(
-        self, operation: Generate, render: Callable[[TokenEvent], T], receive: Receive, silence: float | None = None
+        self,
+        operation: Generate,
+        render: Callable[[TokenEvent], T],
+        receive: Receive,
+        silence: float | None = None,
+        *,
+        outlives: bool = False,
     ) -> AsyncGenerator[T | GenerateResult | None]:
         """What `render` makes of each token (on the engine's thread), at last the result; None after every `silence`
-        seconds without either. Closing it, as a reader who leaves does, ends the generation within one token.
+        seconds without either. Closing it, as a reader who leaves does, ends the generation within one token, or, if it
+        `outlives` its reader and has been scheduled, leaves it to itself.
 
         Raises what the engine raises, and ReaderGone.
         """
@@ -117,6 +124,7 @@ class EngineWorker:
         queue: asyncio.Queue[Any] = asyncio.Queue()
         operation.on_token = lambda event: tell(loop, queue.put_nowait, render(event))
         operation.future.add_done_callback(lambda future: tell(loop, queue.put_nowait, future))
+        operation.future.add_done_callback(lambda _: tell(loop, self._generations.discard, operation))
         self.engine.submit(operation)
         self._generations.add(operation)
         watch = asyncio.ensure_future(left(receive))
@@ -137,9 +145,9 @@ class EngineWorker:
                 yield item
         finally:
             watch.cancel()
-            operation.cancelled = True
             operation.future.cancel()
-            self._generations.discard(operation)
+            if not outlives:
+                operation.cancelled = True
 
     def _drive(self) -> None:
         """The engine's thread."""

@@ -16,7 +16,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         "L1",
         "L0",
     ),
-    "engine.store engine.scheduler engine.gather engine.serving engine.tenants": ("L2", "L0 L1"),
+    "engine.store engine.scheduler engine.gather engine.serving engine.tenants engine.replay": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
     " engine.chat engine.sampling engine.compat engine.parallel": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
     "keypast.schemas keypast.wire keypast.past": ("S0", ""),
     "keypast": ("C", "S0"),
-    "service.settings service.errors service.limits service.worker service.logs service.watching": (
+    "service.settings service.errors service.limits service.worker service.logs service.watching service.once": (
         "S1",
         "S0 L0 L1 L5 L3",
     ),

@@ -1,20 +1,20 @@
 """Generate: the server's own loop of sample and step, as one reply or as a stream of events."""
 
-import time
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from engine.batch import Generate, GenerateResult, TokenEvent
-from engine.errors import EngineError, InvalidInput, SessionGone
+from engine.batch import Generate, GenerateResult, Once, TokenEvent
+from engine.errors import EngineError, InvalidInput
 from engine.stats import SessionInfo
 from keypast.schemas import Generated, GenerateReply, GenerateRequest, StreamEnd, StreamToken, Timings
 from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
 from service.auth import Tenant
 from service.lifecycle import Service, service_of
-from service.limits import read_json
-from service.openapi import APPEND_HEADERS, IF_MATCH, json_request, problems, reply
+from service.once import read_change, replay_headers
+from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
 from service.streams import EVENT_STREAM, PING, EventStream, event
 from service.text import GeneratedText, sampling
 
@@ -28,16 +28,19 @@ _REPLY["content"][EVENT_STREAM] = {"schema": {"type": "string", "description": "
 
 @router.post(
     "/generate",
-    openapi_extra={**json_request(GenerateRequest), "parameters": [IF_MATCH]},
+    openapi_extra={**json_request(GenerateRequest), "parameters": GUARDS},
     responses={200: _REPLY, **problems(400, 404, 409, 410, 412, 413, 415, 422, 429, 500, 503)},
 )
 async def generate(request: Request, session_id: str, tenant: Tenant) -> Response:
-    """Draws tokens and appends them; every token is a commit."""
+    """Draws tokens and appends them; every token is a commit.
+
+    It ends when its reader leaves, unless it has a key and is no stream: then its reader may come back for the reply.
+    """
     service = service_of(request)
     expected = parse_if_match(request.headers.get("if-match"))
-    wanted = await read_json(request, GenerateRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, GenerateRequest, service.settings.max_body_bytes)
     session = service.engine.session(session_id, tenant)
-    run = _Run(service, request, wanted, session, expected)
+    run = _Run(service, request, wanted, session, expected, once)
     return await (run.stream() if wanted.stream else run.reply())
 
 
@@ -45,17 +48,23 @@ class _Run:
     """One request's generation."""
 
     def __init__(
-        self, service: Service, request: Request, wanted: GenerateRequest, session: SessionInfo, expected: int | None
+        self,
+        service: Service,
+        request: Request,
+        wanted: GenerateRequest,
+        session: SessionInfo,
+        expected: int | None,
+        once: Once,
     ) -> None:
         self._service = service
         self._request = request
         self._wanted = wanted
-        self._rows = len(session.valid_length)
+        self._once = once
         model = service.text_model(session.model)
         stop_texts = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         if stop_texts and model is None:
             raise InvalidInput("stop", f"model {session.model} writes no text")
-        self._written = GeneratedText(model.tokenizer if model else None, self._rows, stop_texts)
+        self._written = GeneratedText(model.tokenizer if model else None, len(session.valid_length), stop_texts)
         self._operation = Generate(
             session.id,
             wanted.max_tokens,
@@ -65,37 +74,32 @@ class _Run:
             stop_ids=frozenset() if wanted.ignore_eos or model is None else model.end_ids,
             stop=self._written.stops,
             expected_version=expected,
+            once=once,
         )
 
     async def reply(self) -> Response:
-        started = time.perf_counter()
-        events: list[TokenEvent] = []
         try:
-            async with aclosing(self._items(silence=None)) as items:
+            async with aclosing(self._items(None, outlives=self._once.key is not None)) as items:
                 async for item in items:
                     if isinstance(item, GenerateResult):
                         return self._respond(item)
-                    if item is not None:
-                        events.append(item[0])
             raise AssertionError("a generation ended without a result")
-        except SessionGone:
-            raise
         except EngineError:
-            if not events:
+            if self._operation.partial is None:
                 raise
             # an error reply would say that nothing was applied, and be retried; these tokens are in the session
-            return self._respond(self._cut_short(events, (time.perf_counter() - started) * 1e3))
+            return self._respond(self._operation.partial)
 
     async def stream(self) -> Response:
         items = self._items(self._service.settings.ping_seconds)
         first = await anext(items)  # what fails before the first token still has a status of its own
-        return EventStream(self._events(first, items))
+        return EventStream(self._events(first, items), headers=replay_headers(self._once))
 
-    def _items(self, silence: float | None) -> AsyncGenerator[Said | GenerateResult | None]:
+    def _items(self, silence: float | None, *, outlives: bool = False) -> AsyncGenerator[Said | GenerateResult | None]:
         def said(token: TokenEvent) -> Said:
             return token, self._written.committed(token)
 
-        return self._service.worker.generate(self._operation, said, self._request.receive, silence)
+        return self._service.worker.generate(self._operation, said, self._request.receive, silence, outlives=outlives)
 
     async def _events(
         self, item: Said | GenerateResult | None, items: AsyncGenerator[Said | GenerateResult | None]
@@ -104,6 +108,8 @@ class _Run:
             while not isinstance(item, GenerateResult):
                 yield PING if item is None else event(self._token(*item).model_dump_json(exclude_none=True))
                 item = await anext(items)
+            for said in self._written.again(item) if self._once.replayed else ():
+                yield event(self._token(*said).model_dump_json(exclude_none=True))
             yield event(self._end(item).model_dump_json(exclude_none=True))
 
     def _token(self, token: TokenEvent, said: list[str]) -> StreamToken:
@@ -126,6 +132,8 @@ class _Run:
         )
 
     def _respond(self, result: GenerateResult) -> Response:
+        if self._once.replayed:
+            deque(self._written.again(result), maxlen=0)
         self._written.rest(result.finish_reason)
         body = GenerateReply(
             outputs=Generated(
@@ -139,18 +147,5 @@ class _Run:
             version=result.version,
             timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
         )
-        return Response(body.model_dump_json(exclude_none=True), 200, reply_headers(body), JSON_TYPE)
-
-    def _cut_short(self, events: list[TokenEvent], elapsed_ms: float) -> GenerateResult:
-        rows = range(self._rows)
-        drawn = [[(e.token_ids[row], e.logprobs[row]) for e in events] for row in rows]
-        return GenerateResult(
-            token_ids=[[token for token, _ in row if token is not None] for row in drawn],
-            logprobs=[[logprob for _, logprob in row if logprob is not None] for row in drawn],
-            finish_reason=["cancelled" for _ in rows],
-            past_length=events[0].past_length,
-            valid_length=events[-1].valid_length,
-            version=events[-1].version,
-            queue_ms=0.0,
-            compute_ms=elapsed_ms,
-        )
+        headers = reply_headers(body) | replay_headers(self._once)
+        return Response(body.model_dump_json(exclude_none=True), 200, headers, JSON_TYPE)

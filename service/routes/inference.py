@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from engine.batch import Append, AppendResult, Want
+from engine.batch import Append, AppendResult, Once, Want
 from engine.errors import InvalidInput
 from keypast.schemas import (
     AppendReply,
@@ -23,6 +23,7 @@ from keypast.wire import Encoded, Form, parse_if_match, read_append, reply_form,
 from service.auth import Tenant
 from service.lifecycle import Service, service_of
 from service.limits import read_body
+from service.once import once_of, replay_headers
 from service.openapi import append_reply, append_request, problems
 from service.text import TextModel, encode_rows, pad, sampling
 
@@ -62,7 +63,7 @@ async def _append(request: Request, session_id: str, tenant: str, kind: type[App
     form = reply_form(read.form, request.headers.get("accept"))
     size = sum(value.nbytes for value in result.outputs.values() if isinstance(value, np.ndarray))
     reply = await _coded(size, lambda: _write(result, read.text, form))
-    return Response(reply.body, 200, reply.headers, reply.content_type)
+    return Response(reply.body, 200, reply.headers | replay_headers(read.once), reply.content_type)
 
 
 async def _coded(size: int, code: Callable[[], T]) -> T:
@@ -71,6 +72,7 @@ async def _coded(size: int, code: Callable[[], T]) -> T:
 
 class _Read(NamedTuple):
     operation: Append
+    once: Once
     form: Form
     text: TextModel | None  # when the request or its reply has text
 
@@ -78,7 +80,8 @@ class _Read(NamedTuple):
 def _read(
     service: Service, request: Request, session_id: str, tenant: str, kind: type[AppendRequest], body: bytes
 ) -> _Read:
-    """Raises WireError and its children, InvalidInput, SessionNotFound, SessionGone."""
+    """Raises WireError and its children, InvalidInput, SessionNotFound, SessionGone, KeyReused, ReplyDropped."""
+    once = once_of(request, body)
     expected = parse_if_match(request.headers.get("if-match"))
     query = request.query_params.multi_items()
     asked, inputs, form = read_append(kind, request.headers.get("content-type"), body, query)
@@ -89,7 +92,9 @@ def _read(
     if asked.text is not None or asked.messages is not None or asked.sample is not None or asked.top_logprobs:
         session = service.engine.session(session_id, tenant)
         text = service.text_model(session.model)
-        if asked.text is not None or asked.messages is not None:
+        spoken = asked.text is not None or asked.messages is not None
+        # what was done already is not read again: its text was said to the session as it was then
+        if spoken and not service.engine.recalls(session_id, tenant, once, expected):
             rows = encode_rows(asked, session, text)
             inputs["token_ids"] = pad(rows)
             if len(set(map(len, rows))) > 1:
@@ -115,8 +120,9 @@ def _read(
         expected_version=expected,
         want=want,
         keep=kind is not ScoreRequest,
+        once=once,
     )
-    return _Read(operation, form, text)
+    return _Read(operation, once, form, text)
 
 
 def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:

@@ -11,7 +11,8 @@ from keypast.wire import SAFETENSORS_TYPE, check_safetensors, etag, parse_if_mat
 from service.auth import Tenant
 from service.lifecycle import service_of
 from service.limits import read_body
-from service.openapi import IF_MATCH, VERSION_HEADERS, past_reply, past_request, problems, reply
+from service.once import once_of, replay_headers
+from service.openapi import IF_MATCH, REPLAYED_HEADER, VERSION_HEADERS, past_reply, past_request, problems, reply
 from service.routes.sessions import session_response
 from service.streams import LongBody
 
@@ -37,7 +38,7 @@ async def export_past(request: Request, session_id: str, tenant: Tenant) -> Resp
     "/past",
     openapi_extra=past_request(),
     responses={
-        200: reply(SessionView, "The session, with that past.", VERSION_HEADERS),
+        200: reply(SessionView, "The session, with that past.", VERSION_HEADERS | REPLAYED_HEADER),
         **problems(400, 404, 409, 410, 412, 413, 415, 422, 429, 500, 503),
     },
 )
@@ -47,7 +48,10 @@ async def import_past(request: Request, session_id: str, tenant: Tenant) -> Resp
     service.engine.session(session_id, tenant)  # so that nobody sends much in vain
     check_safetensors(request.headers.get("content-type"))
     expected = parse_if_match(request.headers.get("if-match"))
-    file = await asyncio.to_thread(Past.from_bytes, await read_body(request, service.settings.max_past_bytes))
+    body = await read_body(request, service.settings.max_past_bytes)
+    once = await asyncio.to_thread(once_of, request, body)
+    file = await asyncio.to_thread(Past.from_bytes, body)
     past = SessionPast(file.arrays, file.valid_length, file.kind, file.fingerprint)
-    operation = ImportPast(session_id, past, tenant, expected)
-    return session_response(await service.worker.import_past(operation, request.receive))
+    operation = ImportPast(session_id, past, tenant, expected, once)
+    info = await service.worker.import_past(operation, request.receive)
+    return session_response(info, 200, replay_headers(once))

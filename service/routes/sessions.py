@@ -27,7 +27,18 @@ from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, etag, parse_if_match
 from service.auth import Tenant
 from service.lifecycle import service_of
 from service.limits import read_json
-from service.openapi import IF_MATCH, VERSION_HEADERS, json_request, patch_request, problems, reply
+from service.once import once_of, read_change, replay_headers
+from service.openapi import (
+    GUARDS,
+    IF_MATCH,
+    KEY,
+    REPLAYED_HEADER,
+    VERSION_HEADERS,
+    json_request,
+    patch_request,
+    problems,
+    reply,
+)
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"], default_response_class=Response)
 
@@ -37,16 +48,16 @@ _LOCATION = {"Location": {"description": "The session's address.", "schema": {"t
 @router.post(
     "",
     status_code=201,
-    openapi_extra=json_request(CreateSession),
+    openapi_extra={**json_request(CreateSession), "parameters": [KEY]},
     responses={
-        201: reply(SessionView, "Created.", VERSION_HEADERS | _LOCATION),
+        201: reply(SessionView, "Created.", VERSION_HEADERS | _LOCATION | REPLAYED_HEADER),
         **problems(400, 404, 409, 413, 415, 422, 429, 503),
     },
 )
 async def create_session(request: Request, tenant: Tenant) -> Response:
     """An empty session."""
     service = service_of(request)
-    wanted = await read_json(request, CreateSession, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, CreateSession, service.settings.max_body_bytes)
     info = service.engine.create_session(
         wanted.model,
         tenant=tenant,
@@ -56,8 +67,9 @@ async def create_session(request: Request, tenant: Tenant) -> Response:
         ttl_seconds=wanted.ttl_seconds,
         pinned=wanted.pinned,
         labels=wanted.labels,
+        once=once,
     )
-    return session_response(info, 201, {"Location": f"/v1/sessions/{info.id}"})
+    return session_response(info, 201, {"Location": f"/v1/sessions/{info.id}", **replay_headers(once)})
 
 
 @router.get("", responses={200: reply(SessionPage, "A page, oldest first."), **problems(422, 503)})
@@ -114,13 +126,14 @@ async def update_session(request: Request, session_id: str, tenant: Tenant) -> R
 
 @router.delete(
     "/{session_id}",
-    openapi_extra={"parameters": [IF_MATCH]},
-    responses={200: reply(Receipt, "What was freed."), **problems(404, 410, 412, 422, 503)},
+    openapi_extra={"parameters": GUARDS},
+    responses={200: reply(Receipt, "What was freed.", REPLAYED_HEADER), **problems(404, 410, 412, 422, 503)},
 )
 async def delete_session(request: Request, session_id: str, tenant: Tenant) -> Response:
-    """Frees every block now, also while an append runs."""
+    """Frees every block now, also while an append runs. With a key, the same receipt as often as it is asked for."""
+    once = once_of(request)
     expected = parse_if_match(request.headers.get("if-match"))
-    receipt = service_of(request).engine.delete_session(session_id, tenant, expected_version=expected)
+    receipt = service_of(request).engine.delete_session(session_id, tenant, expected_version=expected, once=once)
     body = Receipt(
         id=receipt.id,
         positions=receipt.positions,
@@ -128,45 +141,47 @@ async def delete_session(request: Request, session_id: str, tenant: Tenant) -> R
         blocks_freed=receipt.blocks_freed,
         blocks_still_shared=receipt.blocks_still_shared,
     )
-    return Response(body.model_dump_json(), media_type=JSON_TYPE)
+    return Response(body.model_dump_json(), 200, replay_headers(once), JSON_TYPE)
 
 
 @router.post(
     "/{session_id}/fork",
     status_code=201,
-    openapi_extra={**json_request(ForkRequest), "parameters": [IF_MATCH]},
+    openapi_extra={**json_request(ForkRequest), "parameters": GUARDS},
     responses={
-        201: reply(ForkReply, "The children; `ETag` is theirs.", VERSION_HEADERS),
+        201: reply(ForkReply, "The children; `ETag` is theirs.", VERSION_HEADERS | REPLAYED_HEADER),
         **problems(400, 404, 410, 412, 413, 415, 422, 429, 503),
     },
 )
 async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Children that share the session's blocks until one of them writes."""
     service = service_of(request)
-    wanted = await read_json(request, ForkRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, ForkRequest, service.settings.max_body_bytes)
     expected = parse_if_match(request.headers.get("if-match"))
     children = service.engine.fork(
-        session_id, tenant=tenant, count=wanted.count, at=wanted.at, expected_version=expected
+        session_id, tenant=tenant, count=wanted.count, at=wanted.at, expected_version=expected, once=once
     )
     reply = ForkReply(sessions=[_view(child) for child in children])
-    return Response(reply.model_dump_json(), 201, {"ETag": etag(children[0].version)}, JSON_TYPE)
+    headers = {"ETag": etag(children[0].version), **replay_headers(once)}
+    return Response(reply.model_dump_json(), 201, headers, JSON_TYPE)
 
 
 @router.post(
     "/{session_id}/truncate",
-    openapi_extra={**json_request(TruncateRequest), "parameters": [IF_MATCH]},
+    openapi_extra={**json_request(TruncateRequest), "parameters": GUARDS},
     responses={
-        200: reply(SessionView, "The session, shorter.", VERSION_HEADERS),
+        200: reply(SessionView, "The session, shorter.", VERSION_HEADERS | REPLAYED_HEADER),
         **problems(400, 404, 410, 412, 413, 415, 422, 429, 503),
     },
 )
 async def truncate_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Back to an earlier length, as if what came after it had never been."""
     service = service_of(request)
-    wanted = await read_json(request, TruncateRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, TruncateRequest, service.settings.max_body_bytes)
     expected = parse_if_match(request.headers.get("if-match"))
-    operation = Truncate(session_id, wanted.length, tenant, expected_version=expected)
-    return session_response(await service.worker.truncate(operation, request.receive))
+    operation = Truncate(session_id, wanted.length, tenant, expected_version=expected, once=once)
+    info = await service.worker.truncate(operation, request.receive)
+    return session_response(info, 200, replay_headers(once))
 
 
 def session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,14 +194,25 @@ class FakeAttention(FakeRunner):
         return list(map(float, row.appended("value")[:, 0] if "value" in row.work.inputs else []))
 
 
-def byte_tokenizer() -> engine.text.Tokenizer:
+class FakeTokenizer(engine.text.Tokenizer):
+    """`broken` is raised instead of a text."""
+
+    broken: BaseException | None = None
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        if self.broken is not None:
+            raise self.broken
+        return super().decode(ids, skip_special=skip_special)
+
+
+def byte_tokenizer() -> FakeTokenizer:
     """The token of a byte is the byte; three control tokens follow."""
     letters = {byte: letter for letter, byte in _byte_letters().items()}
     tokenizer = Tokenizer(models.BPE({letters[byte]: byte for byte in range(256)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|end|>", "<|in|>", "<|out|>")])
-    return engine.text.Tokenizer(tokenizer.to_str(), TEMPLATE)
+    return FakeTokenizer(tokenizer.to_str(), TEMPLATE)
 
 
 def _byte_letters() -> dict[str, int]:
@@ -252,6 +263,7 @@ class Fakes:
     decoder: FakeDecoder
     attention: FakeAttention
     engine: Engine
+    tokenizer: FakeTokenizer = field(default_factory=byte_tokenizer)
 
     @classmethod
     def build(cls, *, blocks: int = 64, kv_dtype: str = "float16", **config: Any) -> "Fakes":
@@ -261,7 +273,7 @@ class Fakes:
         return cls(decoder, attention, Engine([decoder, attention], EngineConfig(**settings)))
 
     def loaded(self) -> Loaded:
-        return Loaded(self.engine, {"letters": TextModel(byte_tokenizer(), frozenset({END}))})
+        return Loaded(self.engine, {"letters": TextModel(self.tokenizer, frozenset({END}))})
 
     def runner(self, kind: Kind) -> FakeRunner:
         return self.decoder if kind.model == "letters" else self.attention

@@ -19,6 +19,13 @@ from tests.service.fakes import KINDS, Fakes, Kind
 
 pytestmark = pytest.mark.anyio
 
+KEYED = [
+    ("", "post"),
+    ("/{session_id}", "delete"),
+    ("/{session_id}/past", "put"),
+    *((f"/{{session_id}}/{verb}", "post") for verb in ("prefill", "step", "generate", "fork", "truncate")),
+]
+
 
 async def test_while_loading_only_liveness_is_200() -> None:
     go_on = threading.Event()
@@ -174,9 +181,11 @@ async def test_every_route_documents_its_bodies_and_refusals(running: Running) -
         assert set(body["content"]) == {"application/vnd.safetensors"}
     assert {"404", "410", "412", "422", "429", "500", "503"} <= set(export["responses"])
     assert {"400", "404", "409", "410", "412", "413", "415", "422", "429", "500", "503"} <= set(load["responses"])
-    assert [{parameter["name"] for parameter in route["parameters"]} for route in (export, load)] == [
-        {"session_id", "If-Match"}
-    ] * 2
+    assert {parameter["name"] for parameter in export["parameters"]} == {"session_id", "If-Match"}
+    for path, method in KEYED:
+        operation = found["paths"][f"/v1/sessions{path}"][method]
+        assert "Idempotency-Key" in {parameter["name"] for parameter in operation["parameters"]}, path
+        assert "Idempotent-Replayed" in next(iter(operation["responses"].values()))["headers"], path
     listing = found["paths"]["/v1/sessions"]["get"]["parameters"]
     assert {parameter["name"] for parameter in listing} == {"limit", "cursor", "model", "label", "state"}
 

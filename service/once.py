@@ -1,0 +1,38 @@
+"""What makes a request itself: its key, and the digest of all that it asks for."""
+
+import hashlib
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from engine.batch import Once
+from keypast.wire import parse_key, validated
+from service.limits import json_body
+
+Model = TypeVar("Model", bound=BaseModel)
+
+REPLAYED = "Idempotent-Replayed"
+
+
+def once_of(request: Request, body: bytes = b"") -> Once:
+    """The digest is over method, path, query (in any order) and the body, byte for byte: what is answered, not how (the
+    reply's form is each request's own). Headers such as If-Match do not count. Raises WireError."""
+    key = parse_key(request.headers.getlist("idempotency-key"))
+    digest = hashlib.sha256(repr((request.method, request.url.path, _query(request))).encode())
+    digest.update(body)
+    return Once(digest.digest(), key)
+
+
+async def read_change(request: Request, model: type[Model], limit: int) -> tuple[Model, Once]:
+    """A JSON body, and what makes the request itself. Raises as `read_json` does."""
+    body = await json_body(request, limit)
+    return validated(model, body), once_of(request, body)
+
+
+def replay_headers(once: Once) -> dict[str, str]:
+    return {REPLAYED: "true"} if once.replayed else {}
+
+
+def _query(request: Request) -> list[tuple[str, str]]:
+    return sorted(request.query_params.multi_items())
