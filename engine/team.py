@@ -192,11 +192,12 @@ class Team:
         return error
 
     def _ended(self) -> str:
-        gone = wait([process.sentinel for process in self._processes], timeout=0.1)  # it shows after its pipe's end
+        gone = wait([process.sentinel for process in self._processes], timeout=1)  # it shows after its pipe's end
         ended = [process for process in self._processes if process.sentinel in gone]
-        for process in ended:
-            process.join(1)
-        return ", ".join(f"{process.name} has ended (exit code {process.exitcode})" for process in ended)
+        with self._closing:  # two threads that wait for one process: the later one learns no exit code
+            for process in ended:
+                process.join(1)
+            return ", ".join(f"{process.name} has ended (exit code {process.exitcode})" for process in ended)
 
 
 class _Rank:
