@@ -277,6 +277,20 @@ class Engine:
             session = self._store.find(tenant, session_id)
             return self._replays.find(session, replace(once), expected_version) is not None
 
+    def submit_all(self, operations: Iterable[Operation]) -> list[EngineError | None]:
+        """Submits each, all before anything is scheduled, so that they may share a batch. What `submit` raises, or
+        None."""
+
+        def submitted(operation: Operation) -> EngineError | None:
+            try:
+                self.submit(operation)
+            except EngineError as error:
+                return error
+            return None
+
+        with self._lock:
+            return [submitted(operation) for operation in operations]
+
     def run_once(self) -> bool:
         """One turn: for every model that can, schedule a batch, run it, commit. False: there was nothing to run yet.
 

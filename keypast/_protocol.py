@@ -3,7 +3,7 @@
 arguments > Call (method, path, query, headers, body, parse) > a shell's HTTP > Response > Call.parse > result
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from os import environ
@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from keypast import schemas, wire
+from keypast.batch import read_outcomes, write_steps
 from keypast.errors import (
     ConnectFailed,
     KeypastError,
@@ -33,6 +34,7 @@ from keypast.wire import Array
 T = TypeVar("T")
 U = TypeVar("U")
 Model = TypeVar("Model", bound=BaseModel)
+Append = TypeVar("Append", bound=schemas.AppendRequest)
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # A long prefill computes for minutes without a byte on the line; connecting and sending do not take that long.
@@ -202,6 +204,10 @@ def parse_append(response: Response) -> AppendResult:
         reply, arrays = wire.read_reply(response.headers.get("content-type"), response.body)
     except wire.WireError as error:
         raise ProtocolError(f"not the reply that was expected: {error}") from None
+    return append_result(reply, arrays)
+
+
+def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array]) -> AppendResult:
     outputs = reply.outputs
     return AppendResult(
         past_length=reply.past_length,
@@ -215,6 +221,23 @@ def parse_append(response: Response) -> AppendResult:
         text=outputs.text,
         top_logprobs=outputs.top_logprobs,
     )
+
+
+def parse_outcomes(response: Response) -> list[AppendResult | StatusError]:
+    check(response)
+    try:
+        outcomes = read_outcomes(response.headers.get("content-type"), response.body)
+    except wire.WireError as error:
+        raise ProtocolError(f"not the reply that was expected: {error}") from None
+    results: list[AppendResult | StatusError] = []
+    for told, arrays, _ in outcomes:
+        if told.reply is not None:
+            results.append(append_result(told.reply, arrays))
+        elif told.problem is not None:
+            results.append(from_problem(told.problem))
+        else:
+            raise ProtocolError("not the reply that was expected: an item has neither a reply nor a problem")
+    return results
 
 
 def parse_past(response: Response) -> tuple[Past, int]:
@@ -278,15 +301,26 @@ def append(
     session_id: str, verb: str, inputs: Mapping[str, Any], *, binary: bool, if_match: int | None = None
 ) -> Call[AppendResult]:
     """`verb` is one of APPENDS. Binary: arrays, and logits in the reply, travel as safetensors, else as base64."""
-    arrays = {name: as_array(name, inputs[name]) for name in wire.ARRAY_INPUTS if inputs.get(name) is not None}
-    lists = {name: _as_lists(inputs[name]) for name in wire.LIST_INPUTS if inputs.get(name) is not None}
-    rest = {name: value for name, value in inputs.items() if name not in wire.ARRAY_INPUTS + wire.LIST_INPUTS}
-    request = request_of(APPENDS[verb], {**rest, **lists})
+    request, arrays = _split(APPENDS[verb], inputs)
     encoded = wire.write_append(request, arrays, "safetensors" if binary else "base64")
     wants_tensors = binary and (arrays or request.logits != "none")
     headers = _headers(encoded.content_type, wire.SAFETENSORS_TYPE if wants_tensors else wire.JSON_TYPE, if_match)
     query: dict[str, Any] = dict(encoded.query)
     return Call("POST", session_path(session_id, verb), parse_append, query, headers, encoded.body)
+
+
+def batch_step(
+    steps: Sequence[tuple[str, Mapping[str, Any], int | None]], *, binary: bool
+) -> Call[list[AppendResult | StatusError]]:
+    """Each a session's id, its inputs and the version expected."""
+    items = []
+    for session_id, inputs, if_match in steps:
+        request, arrays = _split(schemas.BatchStep, {**inputs, "session_id": session_id, "if_match": if_match})
+        items.append((request, arrays))
+    encoded = write_steps(items, binary=binary)
+    asks = any(arrays or request.logits != "none" for request, arrays in items)
+    headers = _headers(encoded.content_type, wire.SAFETENSORS_TYPE if binary and asks else wire.JSON_TYPE, None)
+    return Call("POST", "/v1/batch/step", parse_outcomes, {}, headers, encoded.body)
 
 
 def get_past(session_id: str, if_match: int | None = None) -> Call[tuple[Past, int]]:
@@ -316,6 +350,14 @@ def _headers(content_type: str, accept: str, if_match: int | None) -> dict[str, 
 
 def _precondition(if_match: int | None) -> dict[str, str]:
     return {} if if_match is None else {"If-Match": wire.etag(if_match)}
+
+
+def _split(model: type[Append], inputs: Mapping[str, Any]) -> tuple[Append, dict[str, Array]]:
+    """The request without its tensors, and those as arrays. Raises InvalidInput."""
+    arrays = {name: as_array(name, inputs[name]) for name in wire.ARRAY_INPUTS if inputs.get(name) is not None}
+    lists = {name: _as_lists(inputs[name]) for name in wire.LIST_INPUTS if inputs.get(name) is not None}
+    rest = {name: value for name, value in inputs.items() if name not in wire.ARRAY_INPUTS + wire.LIST_INPUTS}
+    return request_of(model, {**rest, **lists}), arrays
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

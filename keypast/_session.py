@@ -1,9 +1,11 @@
 """What the sync and the async session share: the state that the object knows, and the calls it makes. No I/O."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from keypast import _protocol, schemas, wire
 from keypast._protocol import AppendResult, Call
+from keypast.errors import ProtocolError, StatusError
 from keypast.past import Past
 from keypast.schemas import GenerateReply, GenerateRequest, Message, Receipt, SampleOptions, SessionView
 
@@ -194,6 +196,26 @@ class SessionCore:
 
     def _refresh(self) -> Call[None]:
         return get_session(self.id).then(self._seen)
+
+
+def batch_step(
+    steps: "Sequence[tuple[SessionCore, AppendInputs]]", *, binary: bool
+) -> Call[list[AppendResult | StatusError]]:
+    """Tells each session of what became of its step."""
+    items = []
+    for session, inputs in steps:
+        options: dict[str, Any] = dict(inputs)
+        items.append((session.id, options, session._if_match(options)))
+
+    def followed(results: list[AppendResult | StatusError]) -> list[AppendResult | StatusError]:
+        if len(results) != len(steps):
+            raise ProtocolError(f"not the reply that was expected: {len(results)} items to {len(steps)} steps")
+        for (session, _), result in zip(steps, results, strict=True):
+            if isinstance(result, AppendResult):
+                session._appended(result)
+        return results
+
+    return _protocol.batch_step(items, binary=binary).then(followed)
 
 
 def create_session(model: str, options: SessionOptions) -> Call[SessionView]:

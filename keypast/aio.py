@@ -8,7 +8,7 @@ Use:
                 print(token.text, end="", flush=True)
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from typing import Literal, Self, TypeVar, Unpack, overload
 
@@ -27,7 +27,7 @@ from keypast._session import (
     SessionOptions,
 )
 from keypast._stream import EventReader, StreamReader, Token
-from keypast.errors import KeypastError, StreamBroken
+from keypast.errors import KeypastError, StatusError, StreamBroken
 from keypast.past import Past
 from keypast.schemas import Capacity, Event, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
 
@@ -58,6 +58,7 @@ class AsyncClient:
         )
         self._retries = retries or Retries()
         self._sleep = sleep
+        self._binary = binary
         self.sessions = AsyncSessions(self, binary=binary)
 
     def __repr__(self) -> str:
@@ -78,6 +79,15 @@ class AsyncClient:
 
     async def capacity(self) -> Capacity:
         return await self.send(_session.CAPACITY)
+
+    async def batch_step(
+        self, steps: "Sequence[tuple[AsyncSession, AppendInputs]]"
+    ) -> list[AppendResult | StatusError]:
+        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`.
+
+        What became of each: its result, or the error that its own `step` would have raised.
+        """
+        return await self.send(_session.batch_step(steps, binary=self._binary))
 
     async def events(self, after: str | None = None) -> "AsyncEventFeed":
         """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.

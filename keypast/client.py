@@ -8,7 +8,7 @@ Use:
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Literal, Self, TypeVar, Unpack, overload
 
@@ -26,7 +26,7 @@ from keypast._session import (
     SessionOptions,
 )
 from keypast._stream import EventReader, StreamReader, Token
-from keypast.errors import KeypastError, StreamBroken
+from keypast.errors import KeypastError, StatusError, StreamBroken
 from keypast.past import Past
 from keypast.schemas import Capacity, Event, GenerateReply, ModelCard, Receipt, SessionView, StreamEnd
 
@@ -57,6 +57,7 @@ class Client:
         )
         self._retries = retries or Retries()
         self._sleep = sleep
+        self._binary = binary
         self.sessions = Sessions(self, binary=binary)
 
     def __repr__(self) -> str:
@@ -77,6 +78,13 @@ class Client:
 
     def capacity(self) -> Capacity:
         return self.send(_session.CAPACITY)
+
+    def batch_step(self, steps: "Sequence[tuple[Session, AppendInputs]]") -> list[AppendResult | StatusError]:
+        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`.
+
+        What became of each: its result, or the error that its own `step` would have raised.
+        """
+        return self.send(_session.batch_step(steps, binary=self._binary))
 
     def events(self, after: str | None = None) -> "EventFeed":
         """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.

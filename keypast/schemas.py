@@ -10,7 +10,16 @@ same), T the longest past and the new positions together, E the number of the at
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -211,6 +220,26 @@ class ScoreRequest(AppendRequest):
     """What a prefill of the same body would answer, without keeping it: the session is as before."""
 
     model_config = _with(Request.model_config, {"token_ids": [[7042, 15]], "logits": "all"})
+
+
+class BatchStep(StepRequest):
+    """One step of a batch: the body of a single one, and whose it is."""
+
+    model_config = _with(Request.model_config, {"session_id": "a", "if_match": 3, "token_ids": [[7042]]})
+
+    session_id: str = Field(pattern=SESSION_ID_PATTERN)
+    if_match: Count | None = Field(default=None, description="the version expected, as `If-Match` of a single step")
+
+
+class BatchSteps(Request):
+    """One step each of many sessions; each item is read by itself, so that one that is wrong spoils no other."""
+
+    model_config = _with(
+        Request.model_config,
+        {"items": [{"session_id": "a", "token_ids": [[7042]]}, {"session_id": "b", "token_ids": [[15]]}]},
+    )
+
+    items: list[SkipValidation[BatchStep]] = Field(min_length=1)  # as they came: `keypast.batch` reads each by itself
 
 
 class GenerateRequest(Request):
@@ -600,3 +629,19 @@ class Problem(Reply):
     retry_after: float | None = Field(default=None, description="seconds; the Retry-After header rounded up")
     request_id: str | None = None
     error: ErrorBody
+
+
+class BatchOutcome(Reply):
+    """What the single step would have answered: `reply` of a 200, else `problem`."""
+
+    session_id: str | None = Field(default=None, description="null: the item named none")
+    status: int
+    replayed: bool = Field(default=False, description="the reply of the first time: this had been done before")
+    reply: AppendReply | None = None
+    problem: Problem | None = None
+
+
+class BatchOutcomes(Reply):
+    """In the order of the steps asked for."""
+
+    items: list[BatchOutcome]

@@ -87,7 +87,7 @@ def decode_tensor(field: str, body: TensorBody, *, finite: bool = True) -> Array
     size = _size(field, body.dtype, body.shape)
     if body.data_b64 is not None:
         array = _from_bytes(field, body.dtype, body.shape, _unbase64(field, body.data_b64, size))
-        return _finite(field, array) if finite else array
+        return check_finite(field, array) if finite else array
     assert body.data is not None  # TensorBody holds exactly one
     numbers = _flatten(field, body.data, body.shape)
     return _from_numbers(field, body.dtype, numbers).reshape(body.shape)
@@ -162,7 +162,7 @@ def _from_numbers(field: str, dtype: str, numbers: list[Any]) -> Array:
         wide = np.array(numbers, dtype=np.float64)
     except OverflowError:
         raise WireError(field, f"a number does not fit {dtype}") from None
-    _finite(field, wide)
+    check_finite(field, wide)
     with np.errstate(over="ignore"):  # what overflows is refused by name on the next lines
         narrow = wide.astype("float16" if dtype == "float16" else "float32")
         if dtype == "bfloat16":
@@ -184,7 +184,8 @@ def _round_to_bfloat16(array: Array) -> Array:
     return _widen(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16))
 
 
-def _finite(field: str, array: Array) -> Array:
+def check_finite(field: str, array: Array) -> Array:
+    """The array. Raises WireError naming the field."""
     if not np.isfinite(array).all():
         raise WireError(field, "holds NaN or an infinity; inputs must be finite")
     return array
@@ -229,7 +230,7 @@ def load_tensors(body: bytes, *, finite: bool = True) -> Tensors:
         _size(name, dtype, view["shape"])
         data = view["data"]  # a bytearray of its own, or bytes in older versions
         array = _from_bytes(name, dtype, view["shape"], data if isinstance(data, bytearray) else bytearray(data))
-        arrays[name] = _finite(name, array) if finite else array
+        arrays[name] = check_finite(name, array) if finite else array
     return Tensors(arrays, metadata)
 
 
@@ -378,7 +379,11 @@ def read_append(
         return _read_safetensors_append(request_type, body, query)
     if query:
         raise WireError(query[0][0], "not a query parameter; with a JSON body, options go into the body")
-    request = validated(request_type, body)
+    return json_append(validated(request_type, body))
+
+
+def json_append(request: AppendRequest) -> AppendBody:
+    """With its tensors as arrays. Raises WireError."""
     bodies: dict[str, TensorBody] = {name: getattr(request, name) for name in ARRAY_INPUTS}
     arrays = {name: decode_tensor(name, tensor) for name, tensor in bodies.items() if tensor is not None}
     return AppendBody(request, arrays, next((_json_form(tensor) for tensor in bodies.values() if tensor), "nested"))
@@ -387,16 +392,21 @@ def read_append(
 def _read_safetensors_append(
     request_type: type[AppendRequest], body: bytes, query: Sequence[tuple[str, str]]
 ) -> AppendBody:
-    options = decode_options(query)
-    arrays, _ = load_tensors(body)
+    return binary_append(request_type, decode_options(query), load_tensors(body).arrays)
+
+
+def binary_append(
+    request_type: type[AppendRequest], options: Mapping[str, Any], arrays: dict[str, Array]
+) -> AppendBody:
+    """Of a file's tensors, and the options that came beside them. Raises WireError."""
     for name in arrays:
         if name not in ARRAY_INPUTS + LIST_INPUTS:
             raise WireError(name, f"not an input; those are {', '.join(ARRAY_INPUTS + LIST_INPUTS)}")
     for name in options:
         if name in ARRAY_INPUTS or name in arrays:
-            raise WireError(name, "belongs into the body, and not into the query")
+            raise WireError(name, "is a tensor: it belongs into the file, and not beside it")
     lists = {name: arrays.pop(name).tolist() for name in LIST_INPUTS if name in arrays}
-    return AppendBody(validated(request_type, options | lists), arrays, "safetensors")
+    return AppendBody(validated(request_type, {**options, **lists}), arrays, "safetensors")
 
 
 def write_append(request: AppendRequest, arrays: Mapping[str, Array], form: Form) -> Encoded:
@@ -423,12 +433,16 @@ def read_reply(content_type: str | None, body: bytes) -> tuple[AppendReply, dict
     """What `write_reply` wrote. Raises WireError and its children."""
     if not is_safetensors(content_type):
         reply = validated(AppendReply, body)
-        bodies = {name: getattr(reply.outputs, name) for name in ("attn_out", "attn_weights", "logits")}
-        arrays = {n: decode_tensor(n, tensor, finite=False) for n, tensor in bodies.items() if tensor is not None}
-        return reply, arrays
+        return reply, output_arrays(reply)
     arrays, metadata = load_tensors(body, finite=False)
     scalars = {name: _decode_option(text) for name, text in metadata.items()}
     return validated(AppendReply, {**scalars, "outputs": scalars}), arrays
+
+
+def output_arrays(reply: AppendReply) -> dict[str, Array]:
+    """Those that a JSON reply holds. Raises WireError."""
+    bodies = {name: getattr(reply.outputs, name) for name in ("attn_out", "attn_weights", "logits")}
+    return {name: decode_tensor(name, tensor, finite=False) for name, tensor in bodies.items() if tensor is not None}
 
 
 def _json_form(tensor: TensorBody) -> Form:

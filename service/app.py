@@ -10,7 +10,7 @@ from service import openapi
 from service.errors import add_handlers
 from service.lifecycle import Load, Service
 from service.logs import RequestLog
-from service.routes import events, generation, health, inference, models, past, sessions
+from service.routes import batch, events, generation, health, inference, models, past, sessions
 from service.settings import Settings
 
 
@@ -34,7 +34,7 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.service = Service(load, settings)
-    for routes in (inference, generation, sessions, past, events, models, health):
+    for routes in (inference, batch, generation, sessions, past, events, models, health):
         app.include_router(routes.router)
     add_handlers(app)
     openapi.install(app)

@@ -1,13 +1,15 @@
 """What makes a request itself: its key, and the digest of all that it asks for."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 
 from engine.batch import Once
-from keypast.wire import parse_key, validated
+from keypast.schemas import BatchStep
+from keypast.wire import ARRAY_INPUTS, Array, digest, parse_key, validated
 from service.limits import json_body
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -19,9 +21,17 @@ def once_of(request: Request, body: bytes = b"") -> Once:
     """The digest is over method, path, query (in any order) and the body, byte for byte: what is answered, not how (the
     reply's form is each request's own). Headers such as If-Match do not count. Raises WireError."""
     key = parse_key(request.headers.getlist("idempotency-key"))
-    digest = hashlib.sha256(repr((request.method, request.url.path, _query(request))).encode())
-    digest.update(body)
-    return Once(digest.digest(), key)
+    hashed = hashlib.sha256(repr((request.method, request.url.path, _query(request))).encode())
+    hashed.update(body)
+    return Once(hashed.digest(), key)
+
+
+def once_of_step(request: Request, step: BatchStep, arrays: Mapping[str, Array]) -> Once:
+    """Of one step of a batch, which has the batch's key: keys are kept per session. The digest is over what the step
+    asks for; the version that it expects does not count. Raises WireError."""
+    options = step.model_dump(mode="json", exclude_unset=True, exclude={*ARRAY_INPUTS, "if_match"})
+    asked = repr((request.url.path, sorted(options.items()), digest(arrays)))
+    return Once(hashlib.sha256(asked.encode()).digest(), parse_key(request.headers.getlist("idempotency-key")))
 
 
 async def read_change(request: Request, model: type[Model], limit: int) -> tuple[Model, Once]:

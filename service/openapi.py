@@ -78,6 +78,10 @@ APPEND_HEADERS = {
     },
 }
 BINARY = {"type": "string", "format": "binary"}
+BATCH = BINARY | {
+    "description": "The list as JSON in the tensor `items`, uint8, without its tensors; those are in the file, item "
+    "3's query as `3.query`."
+}
 PAST = BINARY | {
     "description": "B rows, N key/value heads, d channels a head, T slots: `key_past.{layer}` (B, N, d, T) and "
     "`value_past.{layer}` (B, N, T, d), float16 or float32; `batch_valid_length` (B,) int32; `token_ids` (B, T) int64 "
@@ -126,6 +130,18 @@ def append_request(model: type[BaseModel]) -> dict[str, Any]:
         for name in _APPEND_OPTIONS
     ]
     return {**document, "parameters": [*GUARDS, *parameters]}
+
+
+def batch_request() -> dict[str, Any]:
+    document = json_request(schemas.BatchSteps)
+    document["requestBody"]["content"][SAFETENSORS_TYPE] = {"schema": BATCH}
+    return {**document, "parameters": [KEY]}
+
+
+def batch_reply() -> dict[str, Any]:
+    document = reply(schemas.BatchOutcomes, "What became of each, in the order asked for.")
+    document["content"][SAFETENSORS_TYPE] = {"schema": BATCH}
+    return document
 
 
 def past_request() -> dict[str, Any]:

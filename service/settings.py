@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     )
     max_event_streams: int = Field(default=16, ge=1, description="event streams that a tenant may have open")
 
+    max_batch_items: int = Field(default=256, ge=1, le=512, description="steps of one batch request")
+
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
     replay_bytes: int = Field(

@@ -12,7 +12,7 @@ ends at the token being computed, unless the reader may come back for it.
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal, TypeVar
 
@@ -89,6 +89,13 @@ class EngineWorker:
         """Raises what the engine raises, and ReaderGone."""
         self.engine.submit(operation)
         return await _answer(operation.future, receive)
+
+    async def append_all(self, operations: Sequence[Append], receive: Receive) -> list[AppendResult | Exception]:
+        """What each gave or raised; they were all there before any was scheduled. Raises ReaderGone."""
+        refused = self.engine.submit_all(operations)
+        asked = list(zip(operations, refused, strict=True))
+        await _all_done([operation.future for operation, error in asked if error is None], receive)
+        return [_outcome(operation.future) if error is None else error for operation, error in asked]
 
     async def truncate(self, operation: Truncate, receive: Receive) -> SessionInfo:
         """Raises what the engine raises, and ReaderGone."""
@@ -189,6 +196,47 @@ async def _answer(future: Future[T], receive: Receive) -> T:
         if gone and future.cancel():
             raise ReaderGone
     return await waiter
+
+
+async def _all_done(futures: Sequence[Future[Any]], receive: Receive) -> None:
+    """A reader who leaves takes along what is not scheduled yet. Raises ReaderGone."""
+    loop = asyncio.get_running_loop()
+    ended, count = asyncio.Event(), len(futures)
+
+    def one_ended() -> None:
+        nonlocal count
+        count -= 1
+        if count == 0:
+            ended.set()
+
+    if not futures:
+        return
+    for future in futures:
+        future.add_done_callback(lambda _: tell(loop, one_ended))
+    try:
+        async with asyncio.timeout(WATCH_AFTER):
+            await ended.wait()
+            return
+    except TimeoutError:
+        pass
+    watch, waiter = asyncio.ensure_future(left(receive)), asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait([watch, waiter], return_when=asyncio.FIRST_COMPLETED)
+        if not ended.is_set():
+            for future in futures:
+                future.cancel()
+            await waiter
+            raise ReaderGone
+    finally:
+        watch.cancel()
+        waiter.cancel()
+
+
+def _outcome(future: Future[AppendResult]) -> AppendResult | Exception:
+    try:
+        return future.result()
+    except Exception as error:
+        return error
 
 
 def _awaitable(future: Future[T]) -> asyncio.Future[T]:

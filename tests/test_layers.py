@@ -23,7 +23,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
-    "keypast.schemas keypast.wire keypast.past": ("S0", ""),
+    "keypast.schemas keypast.wire keypast.past keypast.batch": ("S0", ""),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs service.watching service.once": (
         "S1",

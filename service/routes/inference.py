@@ -19,7 +19,7 @@ from keypast.schemas import (
     Timings,
     TopLogprob,
 )
-from keypast.wire import Encoded, Form, parse_if_match, read_append, reply_form, write_reply
+from keypast.wire import AppendBody, Array, Encoded, Form, parse_if_match, read_append, reply_form, write_reply
 from service.auth import Tenant
 from service.lifecycle import Service, service_of
 from service.limits import read_body
@@ -58,16 +58,20 @@ async def _append(request: Request, session_id: str, tenant: str, kind: type[App
     service = service_of(request)
     worker = service.worker
     body = await read_body(request, service.settings.max_body_bytes)
-    read = await _coded(len(body), lambda: _read(service, request, session_id, tenant, kind, body))
+    read = await coded(len(body), lambda: _read(service, request, session_id, tenant, kind, body))
     result = await worker.append(read.operation, request.receive)
     form = reply_form(read.form, request.headers.get("accept"))
-    size = sum(value.nbytes for value in result.outputs.values() if isinstance(value, np.ndarray))
-    reply = await _coded(size, lambda: _write(result, read.text, form))
+    reply = await coded(size_of(result), lambda: _write(result, read.text, form))
     return Response(reply.body, 200, reply.headers | replay_headers(read.once), reply.content_type)
 
 
-async def _coded(size: int, code: Callable[[], T]) -> T:
+async def coded(size: int, code: Callable[[], T]) -> T:
+    """On a thread of its own when it is much."""
     return code() if size < LARGE else await asyncio.to_thread(code)
+
+
+def size_of(result: AppendResult) -> int:
+    return sum(value.nbytes for value in result.outputs.values() if isinstance(value, np.ndarray))
 
 
 class _Read(NamedTuple):
@@ -84,7 +88,19 @@ def _read(
     once = once_of(request, body)
     expected = parse_if_match(request.headers.get("if-match"))
     query = request.query_params.multi_items()
-    asked, inputs, form = read_append(kind, request.headers.get("content-type"), body, query)
+    read = read_append(kind, request.headers.get("content-type"), body, query)
+    operation, text = append_of(service, session_id, tenant, expected, once, read)
+    return _Read(operation, once, read.form, text)
+
+
+def append_of(
+    service: Service, session_id: str, tenant: str, expected: int | None, once: Once, read: AppendBody
+) -> tuple[Append, TextModel | None]:
+    """The operation, and what its text needs if it has any.
+
+    Raises InvalidInput, SessionNotFound, SessionGone, KeyReused, ReplyDropped.
+    """
+    asked, inputs, _ = read
     lengths = asked.batch_valid_length
     text: TextModel | None = None
     if asked.token_ids is not None:
@@ -115,17 +131,22 @@ def _read(
         session_id,
         inputs,
         tenant,
-        kind is StepRequest,
+        isinstance(asked, StepRequest),
         batch_valid_length=lengths,
         expected_version=expected,
         want=want,
-        keep=kind is not ScoreRequest,
+        keep=not isinstance(asked, ScoreRequest),
         once=once,
     )
-    return _Read(operation, once, form, text)
+    return operation, text
 
 
 def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
+    return write_reply(*reply_of(result, text), form)
+
+
+def reply_of(result: AppendResult, text: TextModel | None) -> tuple[AppendReply, dict[str, Array]]:
+    """And its arrays by name."""
     arrays = {name: value for name, value in result.outputs.items() if isinstance(value, np.ndarray)}
     reply = AppendReply(
         outputs=_outputs(result, text),
@@ -134,7 +155,7 @@ def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
         version=result.version,
         timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
     )
-    return write_reply(reply, arrays, form)
+    return reply, arrays
 
 
 def _outputs(result: AppendResult, text: TextModel | None) -> Outputs:

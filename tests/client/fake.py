@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 from pydantic import BaseModel
 
-from keypast import schemas, wire
+from keypast import batch, schemas, wire
 from keypast.past import Past
 from keypast.schemas import Code
 from keypast.wire import Array
@@ -144,6 +144,8 @@ class FakeService:
                 raise answer
             return answer
         parts = request.url.path.removeprefix("/under").strip("/").split("/")
+        if parts == ["v1", "batch", "step"]:
+            return self._batch(request)
         if parts[:2] != ["v1", "sessions"]:
             return self._about(parts[-1])
         if len(parts) == 2:
@@ -254,6 +256,34 @@ class FakeService:
         encoded = wire.write_reply(body, tensors, wire.reply_form(form, request.headers.get("Accept")))
         headers = {**encoded.headers, "Content-Type": encoded.content_type}
         return httpx.Response(200, headers=headers, content=encoded.body)
+
+    def _batch(self, request: httpx.Request) -> httpx.Response:
+        """Each item is done as a single step would be."""
+        content_type = request.headers.get("Content-Type")
+        outcomes = []
+        for step in batch.read_steps(content_type, request.content, 8):
+            assert isinstance(step.body, wire.AppendBody)
+            asked, arrays, _ = step.body
+            assert isinstance(asked, schemas.BatchStep)
+            single = schemas.StepRequest.model_validate(asked.model_dump(exclude={"session_id", "if_match"}))
+            encoded = wire.write_append(single, arrays, "base64")
+            headers = {} if asked.if_match is None else {"If-Match": wire.etag(asked.if_match)}
+            headers |= {"Content-Type": encoded.content_type, "Accept": wire.JSON_TYPE}
+            url = f"http://k/v1/sessions/{asked.session_id}/step"
+            answer = self._one(
+                httpx.Request("POST", url, headers=headers, content=encoded.body), asked.session_id, "step"
+            )
+            told = schemas.BatchOutcome(session_id=asked.session_id, status=answer.status_code)
+            outputs: dict[str, Array] = {}
+            if answer.status_code == 200:
+                told.reply, outputs = wire.read_reply(wire.JSON_TYPE, answer.content)
+                told.reply.outputs.attn_out = told.reply.outputs.logits = None
+            else:
+                told.problem = schemas.Problem.model_validate_json(answer.content)
+            outcomes.append(batch.Outcome(told, outputs))
+        binary = request.headers.get("Accept") == wire.SAFETENSORS_TYPE
+        written = batch.write_outcomes(outcomes, binary=binary)
+        return httpx.Response(200, headers={"Content-Type": written.content_type}, content=written.body)
 
     def _rows(self, session: FakeSession, options: schemas.AppendRequest, arrays: dict[str, Array]) -> list[list[int]]:
         if "key" in arrays or "query" in arrays:

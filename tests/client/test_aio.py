@@ -113,6 +113,15 @@ async def test_a_long_body_goes_in_pieces(client: AsyncClient) -> None:
     assert b"".join([piece async for piece in stream]) == past.to_bytes()
 
 
+async def test_a_batch_of_steps_moves_each_session(client: AsyncClient) -> None:
+    first, empty = [await client.sessions.create("decoder") for _ in range(2)]
+    await first.prefill(text="The")
+    done, refused = await client.batch_step([(first, {"token_ids": [[80]]}), (empty, {"token_ids": [[80]]})])
+    assert isinstance(refused, errors.WrongState)
+    assert not isinstance(done, errors.StatusError)
+    assert (done.valid_length, first.valid_length, first.version) == ([4], [4], 2)
+
+
 async def test_events_come_with_their_ids(client: AsyncClient, service: FakeService) -> None:
     told = b'id: r-1\nevent: created\ndata: {"id":"r-1","type":"created","session_id":"a","version":0}\n\n'
     stream = Sse(iter([told, httpx.ReadError("reset")]))

@@ -263,6 +263,61 @@ def test_a_long_body_goes_in_pieces_and_declares_its_length(client: Client) -> N
     assert list(request.stream) == pieces, "it can be sent again"
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_batch_of_steps_moves_each_session(service: FakeService, binary: bool) -> None:
+    client = Client(transport=service.transport, binary=binary)
+    words, empty, layer = [client.sessions.create(name) for name in ("decoder", "decoder", "attention")]
+    words.prefill(text="The")
+    query = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+    layer.prefill(query=query, key=query, value=query, attention_mask=np.ones((1, 1, 1), bool))
+    done, refused, answered, moved = client.batch_step(
+        [
+            (words, {"token_ids": [[80]], "logits": "last", "expect_version": True}),
+            (empty, {"token_ids": [[80]]}),
+            (layer, {"query": query, "key": query, "value": query}),
+            (words, {"token_ids": [[80]], "if_version": 0}),
+        ]
+    )
+    assert isinstance(done, keypast.AppendResult)
+    assert (done.valid_length, words.valid_length, words.version) == ([4], [4], 2)
+    assert done.logits is not None
+    assert np.isneginf(done.logits).all()
+    assert isinstance(refused, errors.WrongState)
+    assert (empty.valid_length, empty.version) == ([0], 0)
+    assert isinstance(answered, keypast.AppendResult)
+    np.testing.assert_array_equal(np.asarray(answered.attn_out), query)
+    assert layer.valid_length == [2]
+    assert isinstance(moved, errors.PreconditionFailed)
+    assert moved.version == 2
+    sent = "application/vnd.safetensors" if binary else "application/json"
+    assert (service.requests[-1].headers["Content-Type"], service.requests[-1].headers["Accept"]) == (sent, sent)
+    assert "safetensors" not in _lightest(client, service, words)
+
+
+def _lightest(client: Client, service: FakeService, session: keypast.Session) -> str:
+    """How a batch without tensors travels."""
+    client.batch_step([(session, {"token_ids": [[1]]})])
+    headers = service.requests[-1].headers
+    return headers["Content-Type"] + headers["Accept"]
+
+
+def test_a_batch_that_never_leaves_or_comes_back_wrong(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder")
+    sent = len(service.requests)
+    with pytest.raises(errors.InvalidInput, match=r"token_ids\[0\]"):
+        client.batch_step([(session, {"token_ids": [["x"]]})])
+    with pytest.raises(errors.InvalidInput, match="complex64"):
+        client.batch_step([(session, {"query": np.zeros((1, 1, 4), np.complex64)})])
+    assert len(service.requests) == sent
+    for body in ('{"items": []}', '{"items": [{"status": 200}]}', "{}", "nonsense"):
+        service.answers = [httpx.Response(200, headers={"Content-Type": "application/json"}, content=body)]
+        with pytest.raises(errors.ProtocolError, match="not the reply that was expected"):
+            client.batch_step([(session, {"token_ids": [[1]]})])
+    service.answers = [problem(Code.QUEUE_FULL)] * 3
+    with pytest.raises(errors.QueueFull):
+        client.batch_step([(session, {"token_ids": [[1]]})])
+
+
 def sse(*chunks: bytes | BaseException) -> Sse:
     return Sse(iter(chunks))
 
