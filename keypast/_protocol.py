@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from os import environ
+from secrets import token_hex
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 
@@ -22,6 +23,7 @@ from keypast.errors import (
     KeypastError,
     ProtocolError,
     Refused,
+    ServerError,
     StatusError,
     TimedOut,
     TransportError,
@@ -41,6 +43,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0, write=60.0)
 LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=100)
 PIECE = 1 << 20  # bytes of a long body that are sent at a time
+KEY = "Idempotency-Key"
+GATEWAY = (502, 504)  # a proxy had no answer of the service
 
 
 def resolve_url(base_url: str | None) -> str:
@@ -66,7 +70,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
-    """One request, and how to read its reply; `parse` raises what the reply says."""
+    """One request, and how to read its reply; `parse` raises what the reply says. `reads`: it changes nothing."""
 
     method: str
     path: str
@@ -74,9 +78,26 @@ class Call(Generic[T]):
     query: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    reads: bool = False
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it may come twice: it reads, or has a key, or (PATCH) says how things shall be."""
+        return self.reads or self.method in ("GET", "PATCH") or KEY in self.headers
+
+    def once(self, key: str | None = None) -> "Call[T]":
+        """With a key of the caller's or else of its own, by which the service knows it again. Raises InvalidInput."""
+        try:
+            given = None if key is None else wire.parse_key([key])
+        except wire.WireError as error:
+            raise invalid_input("idempotency_key", error.message) from None
+        return replace(self, headers={**self.headers, KEY: given or token_hex(16)})
 
     def then(self, convert: Callable[[T], U]) -> "Call[U]":
-        return Call(self.method, self.path, lambda r: convert(self.parse(r)), self.query, self.headers, self.body)
+        def parse(response: Response) -> U:
+            return convert(self.parse(response))
+
+        return Call(self.method, self.path, parse, self.query, self.headers, self.body, self.reads)
 
 
 class Pieces(httpx.SyncByteStream, httpx.AsyncByteStream):
@@ -104,17 +125,19 @@ def build(http: httpx.Client | httpx.AsyncClient, call: Call[Any]) -> httpx.Requ
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """A call is sent again only when nothing of it can have been applied: the connection failed, or the service refused
-    it (429, 503) and said when to come back. An answer that never came is not a reason: the append may be committed."""
+    """A call is sent again when nothing of it can have been applied: the connection failed, or the service refused it
+    (429, 503) and said when to come back. When no answer came it may have been applied, so then only one that is
+    `repeatable` is: with its key, the service gives the first reply again."""
 
     limit: int = 2  # tries after the first
     longest_wait: float = 30.0  # seconds; a longer Retry-After is the caller's to wait for
 
-    def wait(self, tried: int, error: KeypastError) -> float | None:
+    def wait(self, tried: int, error: KeypastError, *, repeatable: bool = False) -> float | None:
         """Seconds to wait before trying again after `tried` failures before this one; None: raise it."""
         if tried >= self.limit:
             return None
-        if isinstance(error, ConnectFailed):
+        unanswered = isinstance(error, TransportError) or (isinstance(error, ServerError) and error.status in GATEWAY)
+        if isinstance(error, ConnectFailed) or (repeatable and unanswered):
             return min(0.1 * 2.0**tried, self.longest_wait)
         if isinstance(error, Refused) and error.retry_after is not None:
             return error.retry_after if error.retry_after <= self.longest_wait else None
@@ -151,6 +174,7 @@ class AppendResult:
     next_token: list[int | None] | None = None
     text: list[str] | None = None
     top_logprobs: list[list[schemas.TopLogprob]] | None = None
+    replayed: bool = False  # done before, by the same key or version: this is the first reply again
 
 
 def check(response: Response) -> None:
@@ -204,10 +228,10 @@ def parse_append(response: Response) -> AppendResult:
         reply, arrays = wire.read_reply(response.headers.get("content-type"), response.body)
     except wire.WireError as error:
         raise ProtocolError(f"not the reply that was expected: {error}") from None
-    return append_result(reply, arrays)
+    return append_result(reply, arrays, replayed=was_replayed(response.headers))
 
 
-def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array]) -> AppendResult:
+def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array], *, replayed: bool) -> AppendResult:
     outputs = reply.outputs
     return AppendResult(
         past_length=reply.past_length,
@@ -220,6 +244,7 @@ def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array]) -> Ap
         next_token=outputs.next_token,
         text=outputs.text,
         top_logprobs=outputs.top_logprobs,
+        replayed=replayed,
     )
 
 
@@ -232,12 +257,22 @@ def parse_outcomes(response: Response) -> list[AppendResult | StatusError]:
     results: list[AppendResult | StatusError] = []
     for told, arrays, _ in outcomes:
         if told.reply is not None:
-            results.append(append_result(told.reply, arrays))
+            results.append(append_result(told.reply, arrays, replayed=told.replayed))
         elif told.problem is not None:
             results.append(from_problem(told.problem))
         else:
             raise ProtocolError("not the reply that was expected: an item has neither a reply nor a problem")
     return results
+
+
+def parse_generated(response: Response) -> schemas.GenerateReply:
+    reply = parse_model(schemas.GenerateReply)(response)
+    reply._replayed = was_replayed(response.headers)
+    return reply
+
+
+def was_replayed(headers: Mapping[str, str]) -> bool:
+    return headers.get("idempotent-replayed") == "true"
 
 
 def parse_past(response: Response) -> tuple[Past, int]:

@@ -1,6 +1,7 @@
 """What the sync and the async session share: the state that the object knows, and the calls it makes. No I/O."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from keypast import _protocol, schemas, wire
@@ -24,7 +25,14 @@ class Expectation(TypedDict, total=False):
     expect_version: bool
 
 
-class AppendInputs(Expectation, total=False):
+class Change(Expectation, total=False):
+    """`idempotency_key`: names the call, 1 to 255 visible ASCII characters, so that it is done once however often it is
+    sent: also by another process, which had no reply. Each call has a key of its own unless it is given one."""
+
+    idempotency_key: str
+
+
+class AppendInputs(Change, total=False):
     """The keywords of `prefill`, `step` and `score`; B rows, n queries, m new positions, T the longest row's length
     with them.
 
@@ -48,7 +56,7 @@ class AppendInputs(Expectation, total=False):
     sample: SampleOptions | dict[str, Any]
 
 
-class GenerateOptions(Expectation, total=False):
+class GenerateOptions(Change, total=False):
     """The keywords of `generate`; the service's defaults are in `schemas.GenerateRequest`: 128 tokens a row, greedy."""
 
     max_tokens: int
@@ -67,6 +75,7 @@ class SessionOptions(TypedDict, total=False):
     ttl_seconds: float
     pinned: bool
     labels: dict[str, str]
+    idempotency_key: str
 
 
 class SessionChanges(Expectation, total=False):
@@ -137,42 +146,51 @@ class SessionCore:
         version: int | None = options.pop("if_version", None)
         return self.version if version is None and expected else version
 
+    def _guards(self, options: dict[str, Any]) -> tuple[int | None, str | None]:
+        """Takes the expectation and the key out of the options."""
+        return self._if_match(options), options.pop("idempotency_key", None)
+
     # ---- calls ----
 
     def _append(self, verb: str, inputs: AppendInputs) -> Call[AppendResult]:
         options: dict[str, Any] = dict(inputs)
-        if_match = self._if_match(options)
-        return _protocol.append(self.id, verb, options, binary=self._binary, if_match=if_match).then(self._appended)
+        if_match, key = self._guards(options)
+        call = _protocol.append(self.id, verb, options, binary=self._binary, if_match=if_match)
+        return call.once(key).then(self._appended)
 
     def _score(self, inputs: AppendInputs) -> Call[AppendResult]:
         options: dict[str, Any] = dict(inputs)
-        if_match = self._if_match(options)
-        return _protocol.append(self.id, "score", options, binary=self._binary, if_match=if_match).then(self._scored)
+        if_match, _ = self._guards(options)
+        call = _protocol.append(self.id, "score", options, binary=self._binary, if_match=if_match)
+        return replace(call, reads=True).then(self._scored)
 
     def _generate(self, options: GenerateOptions) -> Call[GenerateReply]:
-        request, if_match = self._generate_request(options, stream=False)
-        path = _protocol.session_path(self.id, "generate")
-        return _protocol.post(path, request, GenerateReply, if_match).then(self._generated)
+        request, if_match, key = self._generate_request(options, stream=False)
+        call = _protocol.post(_protocol.session_path(self.id, "generate"), request, GenerateReply, if_match)
+        return replace(call, parse=_protocol.parse_generated).once(key).then(self._generated)
 
     def _stream(self, options: GenerateOptions) -> Call[None]:
-        request, if_match = self._generate_request(options, stream=True)
-        return _protocol.stream(self.id, request, if_match)
+        request, if_match, key = self._generate_request(options, stream=True)
+        return _protocol.stream(self.id, request, if_match).once(key)
 
-    def _generate_request(self, options: GenerateOptions, *, stream: bool) -> tuple[GenerateRequest, int | None]:
+    def _generate_request(
+        self, options: GenerateOptions, *, stream: bool
+    ) -> tuple[GenerateRequest, int | None, str | None]:
         fields: dict[str, Any] = dict(options)
-        if_match = self._if_match(fields)
-        return _protocol.request_of(GenerateRequest, {**fields, "stream": stream}), if_match
+        guards = self._guards(fields)
+        return _protocol.request_of(GenerateRequest, {**fields, "stream": stream}), *guards
 
-    def _fork(self, count: int, at: int | list[int] | None, expectation: Expectation) -> Call[list[SessionView]]:
+    def _fork(self, count: int, at: int | list[int] | None, change: Change) -> Call[list[SessionView]]:
         request = _protocol.request_of(schemas.ForkRequest, {"count": count, "at": at})
-        path = _protocol.session_path(self.id, "fork")
-        call = _protocol.post(path, request, schemas.ForkReply, self._if_match({**expectation}))
-        return call.then(lambda reply: reply.sessions)
+        if_match, key = self._guards({**change})
+        call = _protocol.post(_protocol.session_path(self.id, "fork"), request, schemas.ForkReply, if_match)
+        return call.once(key).then(lambda reply: reply.sessions)
 
-    def _truncate(self, length: int | list[int], expectation: Expectation) -> Call[None]:
+    def _truncate(self, length: int | list[int], change: Change) -> Call[None]:
         request = _protocol.request_of(schemas.TruncateRequest, {"length": length})
-        path = _protocol.session_path(self.id, "truncate")
-        return _protocol.post(path, request, SessionView, self._if_match({**expectation})).then(self._seen)
+        if_match, key = self._guards({**change})
+        call = _protocol.post(_protocol.session_path(self.id, "truncate"), request, SessionView, if_match)
+        return call.once(key).then(self._seen)
 
     def _update(self, changes: SessionChanges) -> Call[None]:
         fields: dict[str, Any] = dict(changes)
@@ -188,24 +206,26 @@ class SessionCore:
         self._moved(version, past.valid_length)
         return past
 
-    def _load_past(self, past: Past, expectation: Expectation) -> Call[None]:
-        return _protocol.put_past(self.id, past, self._if_match({**expectation})).then(self._seen)
+    def _load_past(self, past: Past, change: Change) -> Call[None]:
+        if_match, key = self._guards({**change})
+        return _protocol.put_past(self.id, past, if_match).once(key).then(self._seen)
 
-    def _delete(self, expectation: Expectation) -> Call[Receipt]:
-        return delete_session(self.id, self._if_match({**expectation}))
+    def _delete(self, change: Change) -> Call[Receipt]:
+        return delete_session(self.id, *self._guards({**change}))
 
     def _refresh(self) -> Call[None]:
         return get_session(self.id).then(self._seen)
 
 
 def batch_step(
-    steps: "Sequence[tuple[SessionCore, AppendInputs]]", *, binary: bool
+    steps: "Sequence[tuple[SessionCore, AppendInputs]]", *, binary: bool, key: str | None = None
 ) -> Call[list[AppendResult | StatusError]]:
     """Tells each session of what became of its step."""
     items = []
     for session, inputs in steps:
         options: dict[str, Any] = dict(inputs)
-        items.append((session.id, options, session._if_match(options)))
+        if_match, _ = session._guards(options)
+        items.append((session.id, options, if_match))
 
     def followed(results: list[AppendResult | StatusError]) -> list[AppendResult | StatusError]:
         if len(results) != len(steps):
@@ -215,12 +235,14 @@ def batch_step(
                 session._appended(result)
         return results
 
-    return _protocol.batch_step(items, binary=binary).then(followed)
+    return _protocol.batch_step(items, binary=binary).once(key).then(followed)
 
 
 def create_session(model: str, options: SessionOptions) -> Call[SessionView]:
-    request = _protocol.request_of(schemas.CreateSession, {"model": model, **options})
-    return _protocol.post("/v1/sessions", request, SessionView)
+    fields: dict[str, Any] = {"model": model, **options}
+    key = fields.pop("idempotency_key", None)
+    request = _protocol.request_of(schemas.CreateSession, fields)
+    return _protocol.post("/v1/sessions", request, SessionView).once(key)
 
 
 def get_session(session_id: str) -> Call[SessionView]:
@@ -233,9 +255,10 @@ def list_sessions(filters: SessionFilter, cursor: str | None) -> Call[schemas.Se
     return _protocol.get("/v1/sessions", schemas.SessionPage, query)
 
 
-def delete_session(session_id: str, if_match: int | None = None) -> Call[Receipt]:
+def delete_session(session_id: str, if_match: int | None = None, key: str | None = None) -> Call[Receipt]:
     headers = {} if if_match is None else {"If-Match": wire.etag(if_match)}
-    return Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt), headers=headers)
+    call = Call("DELETE", _protocol.session_path(session_id), _protocol.parse_model(Receipt), headers=headers)
+    return call.once(key)
 
 
 def events(after: str | None) -> Call[None]:

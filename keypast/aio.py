@@ -10,7 +10,7 @@ Use:
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import anyio
 import httpx
@@ -19,6 +19,7 @@ from keypast import _protocol, _session
 from keypast._protocol import AppendResult, Call, Response, Retries, transport_error
 from keypast._session import (
     AppendInputs,
+    Change,
     Expectation,
     GenerateOptions,
     SessionChanges,
@@ -81,13 +82,14 @@ class AsyncClient:
         return await self.send(_session.CAPACITY)
 
     async def batch_step(
-        self, steps: "Sequence[tuple[AsyncSession, AppendInputs]]"
+        self, steps: "Sequence[tuple[AsyncSession, AppendInputs]]", *, idempotency_key: str | None = None
     ) -> list[AppendResult | StatusError]:
-        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`.
+        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`,
+        the key is the whole request's.
 
         What became of each: its result, or the error that its own `step` would have raised.
         """
-        return await self.send(_session.batch_step(steps, binary=self._binary))
+        return await self.send(_session.batch_step(steps, binary=self._binary, key=idempotency_key))
 
     async def events(self, after: str | None = None) -> "AsyncEventFeed":
         """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.
@@ -103,12 +105,12 @@ class AsyncClient:
         return await self.send(_session.VERSION)
 
     async def send(self, call: Call[T]) -> T:
-        """Performs a call, again when it was safely refused (`Retries`)."""
+        """Performs a call, again when that is safe (`Retries`)."""
 
         async def attempt() -> T:
             return call.parse(await _read(await self._open(call)))
 
-        return await self._tried(attempt)
+        return await self._tried(call, attempt)
 
     async def stream(self, call: Call[None]) -> httpx.Response:
         """Performs a call whose reply is a stream; its status is checked, its body unread and the caller's to close."""
@@ -119,7 +121,7 @@ class AsyncClient:
                 call.parse(await _read(response))
             return response
 
-        return await self._tried(attempt)
+        return await self._tried(call, attempt)
 
     async def _open(self, call: Call[T]) -> httpx.Response:
         try:
@@ -127,13 +129,13 @@ class AsyncClient:
         except httpx.RequestError as error:
             raise transport_error(error) from error
 
-    async def _tried(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _tried(self, call: Call[Any], attempt: Callable[[], Awaitable[T]]) -> T:
         tried = 0
         while True:
             try:
                 return await attempt()
             except KeypastError as error:
-                wait = self._retries.wait(tried, error)
+                wait = self._retries.wait(tried, error, repeatable=call.repeatable)
                 if wait is None:
                     raise
             await self._sleep(wait)
@@ -224,26 +226,26 @@ class AsyncSession(SessionCore):
 
     @overload
     async def fork(
-        self, count: None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+        self, count: None = None, *, at: int | list[int] | None = None, **change: Unpack[Change]
     ) -> "AsyncSession": ...
     @overload
     async def fork(
-        self, count: int, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+        self, count: int, *, at: int | list[int] | None = None, **change: Unpack[Change]
     ) -> "list[AsyncSession]": ...
     async def fork(
-        self, count: int | None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+        self, count: int | None = None, *, at: int | list[int] | None = None, **change: Unpack[Change]
     ) -> "AsyncSession | list[AsyncSession]":
         """Children that share this session's blocks until one writes. Without a count one child, else a list.
 
         `at`: their length, one int or one a row; default: this session's.
         """
-        views = await self._client.send(self._fork(1 if count is None else count, at, expectation))
+        views = await self._client.send(self._fork(1 if count is None else count, at, change))
         children = [AsyncSession(self._client, view, binary=self._binary) for view in views]
         return children if count is not None else children[0]
 
-    async def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
+    async def truncate(self, length: int | list[int], **change: Unpack[Change]) -> None:
         """Rolls back to an earlier length, one int or one a row."""
-        await self._client.send(self._truncate(length, expectation))
+        await self._client.send(self._truncate(length, change))
 
     async def update(self, **changes: Unpack[SessionChanges]) -> None:
         """Time to live, pin and labels; the version stays. Raises PreconditionFailed, QuotaExceeded, and the rest."""
@@ -253,18 +255,18 @@ class AsyncSession(SessionCore):
         """The session's keys and values as arrays; the session stays as it is."""
         return await self._client.send(self._past(expectation))
 
-    async def load_past(self, past: Past, **expectation: Unpack[Expectation]) -> None:
+    async def load_past(self, past: Past, **change: Unpack[Change]) -> None:
         """A past into this session, which must be empty (else WrongState) and of the same model. One new version."""
-        await self._client.send(self._load_past(past, expectation))
+        await self._client.send(self._load_past(past, change))
 
     async def refresh(self) -> Self:
         """Asks the service how the session is: `view`, `version` and `valid_length`."""
         await self._client.send(self._refresh())
         return self
 
-    async def delete(self, **expectation: Unpack[Expectation]) -> Receipt:
+    async def delete(self, **change: Unpack[Change]) -> Receipt:
         """Frees every block now."""
-        return await self._client.send(self._delete(expectation))
+        return await self._client.send(self._delete(change))
 
 
 class AsyncTokenStream(AsyncIterator[Token]):
@@ -290,6 +292,11 @@ class AsyncTokenStream(AsyncIterator[Token]):
     @property
     def end(self) -> StreamEnd | None:
         return self._reader.end
+
+    @property
+    def replayed(self) -> bool:
+        """Whether this was done before, by the same key or version, and is told again."""
+        return _protocol.was_replayed(self._response.headers)
 
     async def aclose(self) -> None:
         await self._tokens.aclose()

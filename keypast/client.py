@@ -10,7 +10,7 @@ Use:
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
 
@@ -18,6 +18,7 @@ from keypast import _protocol, _session
 from keypast._protocol import AppendResult, Call, Response, Retries, transport_error
 from keypast._session import (
     AppendInputs,
+    Change,
     Expectation,
     GenerateOptions,
     SessionChanges,
@@ -79,12 +80,15 @@ class Client:
     def capacity(self) -> Capacity:
         return self.send(_session.CAPACITY)
 
-    def batch_step(self, steps: "Sequence[tuple[Session, AppendInputs]]") -> list[AppendResult | StatusError]:
-        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`.
+    def batch_step(
+        self, steps: "Sequence[tuple[Session, AppendInputs]]", *, idempotency_key: str | None = None
+    ) -> list[AppendResult | StatusError]:
+        """One step each of many sessions, in one request and one batch of the model; the inputs are those of `step`,
+        the key is the whole request's.
 
         What became of each: its result, or the error that its own `step` would have raised.
         """
-        return self.send(_session.batch_step(steps, binary=self._binary))
+        return self.send(_session.batch_step(steps, binary=self._binary, key=idempotency_key))
 
     def events(self, after: str | None = None) -> "EventFeed":
         """What happens to the caller's sessions, from now on or after the event of that id, until the service stops.
@@ -100,8 +104,8 @@ class Client:
         return self.send(_session.VERSION)
 
     def send(self, call: Call[T]) -> T:
-        """Performs a call, again when it was safely refused (`Retries`)."""
-        return self._tried(lambda: call.parse(_read(self._open(call))))
+        """Performs a call, again when that is safe (`Retries`)."""
+        return self._tried(call, lambda: call.parse(_read(self._open(call))))
 
     def stream(self, call: Call[None]) -> httpx.Response:
         """Performs a call whose reply is a stream; its status is checked, its body unread and the caller's to close."""
@@ -112,7 +116,7 @@ class Client:
                 call.parse(_read(response))
             return response
 
-        return self._tried(attempt)
+        return self._tried(call, attempt)
 
     def _open(self, call: Call[T]) -> httpx.Response:
         try:
@@ -120,13 +124,13 @@ class Client:
         except httpx.RequestError as error:
             raise transport_error(error) from error
 
-    def _tried(self, attempt: Callable[[], T]) -> T:
+    def _tried(self, call: Call[Any], attempt: Callable[[], T]) -> T:
         tried = 0
         while True:
             try:
                 return attempt()
             except KeypastError as error:
-                wait = self._retries.wait(tried, error)
+                wait = self._retries.wait(tried, error, repeatable=call.repeatable)
                 if wait is None:
                     raise
             self._sleep(wait)
@@ -211,27 +215,23 @@ class Session(SessionCore):
         return TokenStream(response, StreamReader(self._moved))
 
     @overload
-    def fork(
-        self, count: None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
-    ) -> "Session": ...
+    def fork(self, count: None = None, *, at: int | list[int] | None = None, **change: Unpack[Change]) -> "Session": ...
     @overload
+    def fork(self, count: int, *, at: int | list[int] | None = None, **change: Unpack[Change]) -> "list[Session]": ...
     def fork(
-        self, count: int, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
-    ) -> "list[Session]": ...
-    def fork(
-        self, count: int | None = None, *, at: int | list[int] | None = None, **expectation: Unpack[Expectation]
+        self, count: int | None = None, *, at: int | list[int] | None = None, **change: Unpack[Change]
     ) -> "Session | list[Session]":
         """Children that share this session's blocks until one writes. Without a count one child, else a list.
 
         `at`: their length, one int or one a row; default: this session's.
         """
-        views = self._client.send(self._fork(1 if count is None else count, at, expectation))
+        views = self._client.send(self._fork(1 if count is None else count, at, change))
         children = [Session(self._client, view, binary=self._binary) for view in views]
         return children if count is not None else children[0]
 
-    def truncate(self, length: int | list[int], **expectation: Unpack[Expectation]) -> None:
+    def truncate(self, length: int | list[int], **change: Unpack[Change]) -> None:
         """Rolls back to an earlier length, one int or one a row."""
-        self._client.send(self._truncate(length, expectation))
+        self._client.send(self._truncate(length, change))
 
     def update(self, **changes: Unpack[SessionChanges]) -> None:
         """Time to live, pin and labels; the version stays. Raises PreconditionFailed, QuotaExceeded, and the rest."""
@@ -241,18 +241,18 @@ class Session(SessionCore):
         """The session's keys and values as arrays; the session stays as it is."""
         return self._client.send(self._past(expectation))
 
-    def load_past(self, past: Past, **expectation: Unpack[Expectation]) -> None:
+    def load_past(self, past: Past, **change: Unpack[Change]) -> None:
         """A past into this session, which must be empty (else WrongState) and of the same model. One new version."""
-        self._client.send(self._load_past(past, expectation))
+        self._client.send(self._load_past(past, change))
 
     def refresh(self) -> Self:
         """Asks the service how the session is: `view`, `version` and `valid_length`."""
         self._client.send(self._refresh())
         return self
 
-    def delete(self, **expectation: Unpack[Expectation]) -> Receipt:
+    def delete(self, **change: Unpack[Change]) -> Receipt:
         """Frees every block now."""
-        return self._client.send(self._delete(expectation))
+        return self._client.send(self._delete(change))
 
 
 class TokenStream(Iterator[Token]):
@@ -278,6 +278,11 @@ class TokenStream(Iterator[Token]):
     @property
     def end(self) -> StreamEnd | None:
         return self._reader.end
+
+    @property
+    def replayed(self) -> bool:
+        """Whether this was done before, by the same key or version, and is told again."""
+        return _protocol.was_replayed(self._response.headers)
 
     def close(self) -> None:
         self._tokens.close()

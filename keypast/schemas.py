@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SkipValidation,
     StringConstraints,
     field_validator,
@@ -456,6 +457,12 @@ class GenerateReply(Appended):
 
     outputs: Generated
     finish_reason: list[FinishReason]
+    _replayed: bool = PrivateAttr(default=False)
+
+    @property
+    def replayed(self) -> bool:
+        """For a client: whether it was done before and this is the first reply again. It travels as a header."""
+        return self._replayed
 
 
 class StreamToken(Reply):

@@ -123,7 +123,8 @@ def card(name: str, *inputs: str) -> schemas.ModelCard:
 
 
 class FakeService:
-    """`answers` are given first, in turn, whatever is asked; `requests` is what came, bodies read."""
+    """`answers` are given first, in turn, whatever is asked; `requests` is what came, bodies read. Then a request is
+    done, once for its key, and `lost` are raised, in turn, in place of the replies to what may change something."""
 
     def __init__(self, *answers: httpx.Response | Exception, max_length: int = 64) -> None:
         self.answers = list(answers)
@@ -133,6 +134,8 @@ class FakeService:
         self.gone: set[str] = set()
         self.streams: list[Sse] = []
         self.interrupt: BaseException | None = None  # raised in place of a stream's third event
+        self.lost: list[Exception] = []
+        self.replies: dict[str, httpx.Response] = {}
         self.page = 2
         self.transport = httpx.MockTransport(self.handle)
 
@@ -143,6 +146,25 @@ class FakeService:
             if isinstance(answer, Exception):
                 raise answer
             return answer
+        reply = self._once(request)
+        if self.lost and request.method != "GET":
+            raise self.lost.pop(0)
+        return reply
+
+    def _once(self, request: httpx.Request) -> httpx.Response:
+        key = request.headers.get("Idempotency-Key")
+        if key is None:
+            return self._done(request)
+        if key in self.replies:
+            first = self.replies[key]
+            headers = {**first.headers, "Idempotent-Replayed": "true"}
+            return httpx.Response(first.status_code, headers=headers, content=first.content)
+        reply = self._done(request)
+        if reply.is_success and not isinstance(reply.stream, Sse):
+            self.replies[key] = reply
+        return reply
+
+    def _done(self, request: httpx.Request) -> httpx.Response:
         parts = request.url.path.removeprefix("/under").strip("/").split("/")
         if parts == ["v1", "batch", "step"]:
             return self._batch(request)

@@ -161,7 +161,7 @@ async def test_what_was_safely_refused_is_sent_again() -> None:
     async with AsyncClient(transport=service.transport, sleep=sleep) as client:
         await client.version()
         assert sleeps == [0.1, 3.0]
-        service.answers = [httpx.ReadTimeout("slow")]
+        service.answers = [httpx.ReadTimeout("slow")] * 3
         with pytest.raises(errors.TimedOut):
             await client.version()
 
@@ -172,6 +172,35 @@ async def test_half_a_reply(client: AsyncClient, service: FakeService) -> None:
             yield b"{"
             raise httpx.ReadError("reset")
 
-    service.answers = [httpx.Response(200, stream=Half())]
+    service.answers = [httpx.Response(200, stream=Half()) for _ in range(3)]
     with pytest.raises(errors.TransportError, match="may have been applied"):
         await client.version()
+
+
+async def test_a_lost_reply_is_asked_for_again_and_nothing_is_done_twice() -> None:
+    service = FakeService()
+    sleeps: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+
+    async with AsyncClient(transport=service.transport, sleep=sleep) as client:
+        service.lost = [httpx.ReadError("reset")]
+        session = await client.sessions.create("decoder")
+        service.lost = [httpx.ReadError("reset"), httpx.ReadTimeout("slow")]
+        prefilled = await session.prefill(text="The")
+        assert (prefilled.replayed, prefilled.version, session.valid_length) == (True, 1, [3])
+        service.lost = [httpx.ReadError("reset")]
+        child = await session.fork(at=2, idempotency_key="mine")
+        service.lost = [httpx.ReadError("reset")]
+        generated = await session.generate(max_tokens=2)
+        assert (generated.replayed, generated.outputs.text) == (True, ["Pa"])
+        service.answers = [httpx.ReadError("reset")]
+        async with await session.generate(stream=True, max_tokens=1) as tokens:
+            assert [token.text async for token in tokens] == ["P"]
+            assert tokens.replayed is False
+        service.lost = [httpx.ReadError("reset")]
+        assert (await child.delete()).positions == 2
+        assert session.valid_length == [6]
+    assert len(service.sessions) == 1
+    assert sleeps == [0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.1]

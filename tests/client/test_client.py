@@ -1,16 +1,18 @@
 """The sync client against the fake service: what it sends, what it gives, what the session object then knows."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
 import keypast
-from keypast import Client, Retries, _protocol, errors
+from keypast import Client, Past, Retries, _protocol, errors, schemas
 from keypast.schemas import Code
 
 from .fake import FakeService, Sse, problem
@@ -452,10 +454,101 @@ def test_what_was_safely_refused_is_sent_again() -> None:
     ],
 )
 def test_nothing_else_is_sent_again(answer: httpx.Response | Exception, error: type[errors.KeypastError]) -> None:
+    """Without a key, as a service of another kind might be asked."""
     service = FakeService(answer)
+    call = _protocol.post("/v1/sessions", schemas.CreateSession(model="decoder"), schemas.SessionView)
     with Client(transport=service.transport, sleep=Sleeps()) as client, pytest.raises(error):
-        client.sessions.create("decoder")
+        client.send(call)
     assert len(service.requests) == 1
+
+
+LOST = [httpx.ReadError("reset"), httpx.RemoteProtocolError("no reply"), httpx.ReadTimeout("slow")]
+
+
+@pytest.mark.parametrize("loss", LOST, ids=lambda loss: type(loss).__name__)
+def test_a_lost_reply_is_asked_for_again_and_nothing_is_done_twice(loss: Exception) -> None:
+    service, sleeps = FakeService(), Sleeps()
+    with Client(transport=service.transport, sleep=sleeps) as client:
+
+        def twice(action: Callable[[], Any]) -> Any:
+            service.lost, sent = [loss], len(service.requests)
+            result = action()
+            first, again = service.requests[sent:]
+            assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"]
+            assert (first.content, first.headers.get("If-Match")) == (again.content, again.headers.get("If-Match"))
+            return result
+
+        session = twice(lambda: client.sessions.create("decoder"))
+        assert len(service.sessions) == 1
+        prefilled = twice(lambda: session.prefill(text="The", expect_version=True))
+        assert (prefilled.replayed, prefilled.version, prefilled.valid_length) == (True, 1, [3])
+        assert twice(lambda: session.step(token_ids=[[5]])).valid_length == [4]
+        generated = twice(lambda: session.generate(max_tokens=2))
+        assert (generated.replayed, generated.outputs.text) == (True, ["Pa"])
+        assert "replayed" not in generated.model_dump_json()
+        child = twice(lambda: session.fork(at=3))
+        assert len(service.sessions) == 2
+        twice(lambda: session.truncate(0))
+        past = Past({"token_ids": np.ones((1, 2), np.int64)}, [2], "decoder", "f")
+        twice(lambda: session.load_past(past))
+        assert (session.version, session.valid_length) == (6, [2])
+        assert twice(session.delete).positions == 2
+        assert twice(lambda: client.sessions.delete(child.id)).positions == 3
+    keys = [request.headers["Idempotency-Key"] for request in service.requests]
+    assert len(set(keys)) == len(keys) / 2 == 9
+    assert sleeps == [0.1] * 9
+
+
+def test_what_reads_or_only_says_how_things_shall_be_is_sent_again_without_a_key() -> None:
+    service = FakeService()
+    with Client(transport=service.transport, sleep=Sleeps()) as client:
+        session = client.sessions.create("decoder")
+        session.prefill(text="The")
+        calls: list[Callable[[], Any]] = [
+            session.refresh,
+            client.capacity,
+            session.past,
+            lambda: session.score(token_ids=[[1]]),
+            lambda: session.update(pinned=True),
+        ]
+        for call in calls:
+            service.answers, sent = [httpx.ReadError("reset")], len(service.requests)
+            call()
+            assert [request.headers.get("Idempotency-Key") for request in service.requests[sent:]] == [None, None]
+
+
+def test_a_stream_whose_beginning_was_lost_is_opened_again() -> None:
+    service = FakeService()
+    with Client(transport=service.transport, sleep=Sleeps()) as client:
+        session = client.sessions.create("decoder")
+        session.prefill(text="The")
+        service.answers = [httpx.ReadError("reset")]
+        with session.generate(stream=True, max_tokens=2) as tokens:
+            assert [token.text for token in tokens] == ["P", "a"]
+            assert tokens.replayed is False
+    first, again = service.requests[-2:]
+    assert first.headers["Idempotency-Key"] == again.headers["Idempotency-Key"]
+
+
+def test_a_proxy_that_had_no_answer_has_lost_the_reply() -> None:
+    for status, tries in ((502, 2), (504, 2), (500, 1)):
+        service = FakeService(httpx.Response(status, content=b"<html>"))
+        with Client(transport=service.transport, sleep=Sleeps()) as client:
+            failed = pytest.raises(errors.ServerError) if status == 500 else nullcontext()
+            with failed:
+                client.sessions.create("decoder")
+        assert len(service.requests) == tries
+
+
+def test_a_key_of_the_callers(client: Client, service: FakeService) -> None:
+    session = client.sessions.create("decoder", idempotency_key="mine")
+    session.prefill(text="a", idempotency_key="first")
+    again = session.prefill(text="a", idempotency_key="first")
+    assert (again.replayed, service.sessions[session.id].lengths) == (True, [1])
+    for key in ("", "a b", "x" * 256, "é"):
+        with pytest.raises(errors.InvalidInput) as refused:
+            session.step(token_ids=[[1]], idempotency_key=key)
+        assert refused.value.field == "idempotency_key"
 
 
 def test_the_tries_end() -> None:
