@@ -105,12 +105,10 @@ def build(library: Path, compiler: str) -> None:
 
 def compile_units(work: Path, compiler: str) -> list[Path]:
     """Compiles every unit at once and returns the objects."""
-    from torch.utils.cpp_extension import include_paths  # slow to import, and only a build needs it
-
     running = []
     with contextlib.ExitStack() as stack:
         for name, (source, *flags) in units().items():
-            includes = [f"-isystem{path}" for path in include_paths()] if name == "bind" else []
+            includes = [f"-isystem{path}" for path in _torch_headers()] if name == "bind" else []
             target = work / f"{name}.o"
             process = start(
                 [compiler, *COMMON_FLAGS, *flags, *includes, "-c", str(SOURCES / source), "-o", str(target)]
@@ -121,6 +119,12 @@ def compile_units(work: Path, compiler: str) -> list[Path]:
         for name, _, process in running:
             wait(process, f"compiling {name}")
     return [target for _, target, _ in running]
+
+
+def _torch_headers() -> list[Path]:
+    """As torch.utils.cpp_extension lists them; importing that is slow, and warns where nvcc is but no GPU."""
+    include = Path(torch.__file__).parent / "include"
+    return [include, include / "torch" / "csrc" / "api" / "include"]
 
 
 def link_flags() -> list[str]:
