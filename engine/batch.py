@@ -235,7 +235,7 @@ class Work:
     reserved: bool = False
     keep: bool = True  # else it is rolled back at its end, too
     copies: list[tuple[int, int]] = field(default_factory=list)  # (shared, own) blocks; the shared ones are held
-    copied: bool = False  # `copies` have been made, and are there to be taken back
+    copied: bool = False  # `copies` have been made; rolling back still takes them back
     passed: int = 0  # batches that it was ready for and had no place in
     alone: bool = False  # its last batch failed: run it by itself, so that only the culprit fails
     future: Future[Any] | None = None  # cancelled before the first schedule: dropped

@@ -411,7 +411,7 @@ class Engine:
             row.work.results[row.index].append(result)
         for work in batch.works:
             work.alone = False
-            served.scheduler.copied(work)
+            work.copied = True
             if work.done == work.new and work.session.state is not SessionState.CLOSED:
                 self._commit(served, work)
 

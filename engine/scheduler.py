@@ -40,12 +40,6 @@ class Scheduler:
         self._queue.remove(work)
         self._let_go(work)
 
-    def copied(self, work: Work) -> None:
-        """A batch has copied its shared blocks. What is kept needs them no more; a score gets them back at its end."""
-        work.copied = True
-        if work.keep:
-            self._let_go(work)
-
     def forked(self, parent: Session, lengths: list[int]) -> list[Sequence]:
         """Its rows as its children have them, up to these lengths; the blocks have yet to be shared.
 
