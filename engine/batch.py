@@ -74,6 +74,16 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """Positions of each row when a call has ended: `computed` for it, `reused` of its past; together the row's length.
+    `shared`: those of the reused in blocks that another session held too when the call began."""
+
+    computed: list[int]
+    reused: list[int]
+    shared: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class AppendResult:
     """`outputs` by name: arrays with a leading axis B for what is rectangular over rows."""
 
@@ -83,6 +93,7 @@ class AppendResult:
     version: int
     queue_ms: float
     compute_ms: float
+    effort: Effort
 
 
 @dataclass(slots=True, eq=False)
@@ -145,6 +156,7 @@ class GenerateResult:
     queue_ms: float
     compute_ms: float
     stopped_by: list[int | None]
+    effort: Effort
 
 
 @dataclass(slots=True, eq=False)
@@ -244,6 +256,8 @@ class Work:
     done: list[int] = field(default_factory=list)
     results: list[list[RowResult]] = field(default_factory=list)  # a row's chunks in order
     past_length: list[int] = field(default_factory=list)
+    shared_length: list[int] = field(default_factory=list)  # of the past, in shared blocks
+    replayed: list[int] = field(default_factory=list)  # of the past, computed again
 
     @property
     def size(self) -> int:
@@ -262,6 +276,12 @@ class Work:
     @property
     def present_length(self) -> list[int]:
         return [past + new for past, new in zip(self.past_length, self.new, strict=True)]
+
+    @property
+    def effort(self) -> Effort:
+        reused = [past - again for past, again in zip(self.past_length, self.replayed, strict=True)]
+        computed = [new + again for new, again in zip(self.new, self.replayed, strict=True)]
+        return Effort(computed, reused, list(map(min, reused, self.shared_length)))
 
     @property
     def queue_ms(self) -> float:

@@ -8,8 +8,9 @@ held, padding and replayed positions are written there. A block held by more tha
       +---- zeroed -----  soiled  <---- release ----+       (without zeroing, release gives clean ones)
 """
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from engine.config import EngineConfig
 from engine.shares import Shares
@@ -84,6 +85,11 @@ class BlockPool:
                 self.shares.add(self._owners[block], -1)
                 freed += 1
         return freed
+
+    def shared_prefix(self, table: Sequence[int]) -> int:
+        """How many of a table's first blocks are shared. None after them is: a fork shares a prefix, and a sequence
+        leaves its last block first."""
+        return bisect_left(table, True, key=lambda block: not self.is_shared(block))
 
     def holders(self, block: int) -> int:
         return self._holders[block]

@@ -408,6 +408,7 @@ class Engine:
     def _book(self, served: Served, batch: Batch, results: list[RowResult]) -> None:
         for row, result in zip(batch.rows, results, strict=True):
             row.work.done[row.index] += row.count
+            row.work.replayed[row.index] += row.replay
             row.work.results[row.index].append(result)
         for work in batch.works:
             work.alone = False
@@ -588,7 +589,7 @@ class Engine:
         if isinstance(operation, ExportPast):
             return ExportResult(export_past(self._served[session.model].spec, session, outputs), session.version)
         lengths = work.past_length, work.present_length
-        return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms)
+        return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms, work.effort)
 
     def _begin_generation(self, served: Served, session: Session, operation: Generate) -> None:
         generation = Generation(operation, session)
@@ -596,9 +597,7 @@ class Engine:
         def turn_ended(work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
             if session.state is SessionState.CLOSED:
                 return
-            generation.compute_ms += work.compute_ms
-            if generation.queue_ms is None:
-                generation.queue_ms = work.queue_ms
+            generation.ran(work)
             try:
                 if error is not None:
                     raise error

@@ -5,11 +5,12 @@ tokens just drawn and draws the next ones, until every row has stopped.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from engine.batch import Array, FinishReason, Generate, GenerateResult, TokenEvent, Want
+from engine.batch import Array, FinishReason, Generate, GenerateResult, TokenEvent, Want, Work
 from engine.session import Session
 
 
@@ -19,8 +20,8 @@ class Generation:
         self.operation = operation
         self.past_length = session.valid_length
         self.began_at = session.version
-        self.compute_ms = 0.0
-        self.queue_ms: float | None = None  # of the first turn; later turns wait behind other rows, which is compute
+        self._first: Work | None = None
+        self._compute_ms = 0.0
         self._session = session
         self._reasons: list[FinishReason | None] = [None] * rows
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -32,6 +33,11 @@ class Generation:
     @property
     def want(self) -> Want:
         return Want(sample=self.operation.sample, logprob=self.operation.logprobs)
+
+    def ran(self, work: Work) -> None:
+        """A turn has ended. What waited is the first; later turns wait behind other rows, which is compute."""
+        self._first = self._first or work
+        self._compute_ms += work.compute_ms
 
     def draw(self, outputs: dict[str, Any]) -> None:
         """Takes the tokens that a turn drew, and ends the rows that stop before theirs."""
@@ -84,16 +90,21 @@ class Generation:
 
     def result(self, otherwise: FinishReason = "length") -> GenerateResult:
         """`otherwise`: why the rows ended that have not ended by themselves."""
+        first = self._first
+        assert first is not None  # nothing ends before its first turn
+        valid, began = self._session.valid_length, first.effort
+        computed = [length - reused for length, reused in zip(valid, began.reused, strict=True)]
         return GenerateResult(
             token_ids=self._tokens,
             logprobs=self._logprobs,
             finish_reason=[reason or otherwise for reason in self._reasons],
             past_length=self.past_length,
-            valid_length=self._session.valid_length,
+            valid_length=valid,
             version=self._session.version,
-            queue_ms=self.queue_ms or 0.0,
-            compute_ms=self.compute_ms,
+            queue_ms=first.queue_ms,
+            compute_ms=self._compute_ms,
             stopped_by=self._stopped_by,
+            effort=replace(began, computed=computed),
         )
 
     def partial(self) -> GenerateResult | None:

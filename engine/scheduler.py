@@ -33,6 +33,8 @@ class Scheduler:
         work.past_length = session.valid_length
         work.done = [0] * len(work.new)
         work.results = [[] for _ in work.new]
+        work.replayed = [0] * len(work.new)
+        work.shared_length = [self._shared_length(sequence) for sequence in session.sequences]
         self._queue.append(work)
         self._turns.arrived(work)
 
@@ -132,6 +134,9 @@ class Scheduler:
         """How many blocks it takes to start."""
         pairs = zip(work.session.sequences, work.new, strict=True)
         return sum(self.blocks_needed(sequence, new) for sequence, new in pairs)
+
+    def _shared_length(self, sequence: Sequence) -> int:
+        return min(sequence.length, self.pool.shared_prefix(sequence.block_table) * self._block_size)
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         at, offset = divmod(sequence.length, self._block_size)

@@ -105,7 +105,8 @@ class Served:
         return []
 
     def info(self, session: Session) -> SessionInfo:
-        blocks = [block for sequence in session.sequences for block in sequence.block_table]
+        tables = [sequence.block_table for sequence in session.sequences]
+        blocks = sum(map(len, tables))
         return SessionInfo(
             id=session.id,
             tenant=session.tenant,
@@ -115,9 +116,9 @@ class Served:
             valid_length=session.valid_length,
             max_length=session.max_length,
             version=session.version,
-            blocks=len(blocks),
-            shared_blocks=sum(self.pool.is_shared(block) for block in blocks),
-            bytes=len(blocks) * self.block_bytes,
+            blocks=blocks,
+            shared_blocks=sum(map(self.pool.shared_prefix, tables)),
+            bytes=blocks * self.block_bytes,
             parent=session.parent,
             labels=dict(session.labels),
             ttl_seconds=session.ttl_seconds,
@@ -142,7 +143,11 @@ class Served:
     def check(self, sessions: list[Session]) -> None:
         """Raises RuntimeError unless blocks, tables and lengths of the model's sessions agree."""
         tables = [(session.tenant, sequence.block_table) for session in sessions for sequence in session.sequences]
-        self.pool.check([*tables, *self.scheduler.held_for_copies()])
+        held = self.scheduler.held_for_copies()
+        self.pool.check([*tables, *held])
+        for _, table in [] if any(blocks for _, blocks in held) else tables:
+            if sum(map(self.pool.is_shared, table)) != self.pool.shared_prefix(table):
+                raise RuntimeError(f"the shared blocks of a table are not its first: {table}")
         for session in sessions:
             self._check_session(session)
 

@@ -160,6 +160,9 @@ def transport_error(error: httpx.RequestError) -> TransportError:
 class AppendResult:
     """What a prefill, a step or a score gave. Lists have one entry a row; what was not asked for is None.
 
+    `computed` positions for this call and `reused` ones of the past are the valid length; `shared` are those of the
+    reused whose memory another session held too.
+
     attn_out (B, n, H); attn_weights (B, n, T + E), or (B, N, n, T + E) a head, E the layer's own keys; logits (B, V) or
     (B, n, V).
     """
@@ -167,6 +170,9 @@ class AppendResult:
     past_length: list[int]
     valid_length: list[int]
     version: int
+    computed: list[int]
+    reused: list[int]
+    shared: list[int]
     timings: schemas.Timings
     attn_out: Array | None = None
     attn_weights: Array | None = None
@@ -237,6 +243,9 @@ def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array], *, re
         past_length=reply.past_length,
         valid_length=reply.valid_length,
         version=reply.version,
+        computed=reply.computed,
+        reused=reply.reused,
+        shared=reply.shared,
         timings=reply.timings,
         attn_out=arrays.get("attn_out"),
         attn_weights=arrays.get("attn_weights"),

@@ -391,6 +391,9 @@ class Appended(Reply):
     past_length: list[int] = Field(description="before the call")
     valid_length: list[int] = Field(description="after the call")
     version: int
+    computed: list[int] = Field(description="positions that the model computed for this call")
+    reused: list[int] = Field(description="positions of the past that it did not; with `computed` the valid length")
+    shared: list[int] = Field(description="those of `reused` whose memory another session held too, as after a fork")
     timings: Timings
 
 
@@ -423,6 +426,9 @@ class AppendReply(Appended):
             "past_length": [0],
             "valid_length": [5],
             "version": 1,
+            "computed": [5],
+            "reused": [0],
+            "shared": [0],
             "timings": {"queue_ms": 0.1, "compute_ms": 0.4},
         },
     )
@@ -451,6 +457,9 @@ class GenerateReply(Appended):
             "past_length": [5],
             "valid_length": [7],
             "version": 3,
+            "computed": [2],
+            "reused": [5],
+            "shared": [0],
             "timings": {"queue_ms": 0.2, "compute_ms": 9.1},
         },
     )

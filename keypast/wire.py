@@ -478,6 +478,9 @@ def reply_headers(reply: Appended) -> dict[str, str]:
         "Keypast-Version": str(reply.version),
         "Keypast-Past-Length": ",".join(map(str, reply.past_length)),
         "Keypast-Valid-Length": ",".join(map(str, reply.valid_length)),
+        "Keypast-Computed": ",".join(map(str, reply.computed)),
+        "Keypast-Reused": ",".join(map(str, reply.reused)),
+        "Keypast-Shared": ",".join(map(str, reply.shared)),
         "Keypast-Queue-Ms": f"{reply.timings.queue_ms:.3f}",
         "Keypast-Compute-Ms": f"{reply.timings.compute_ms:.3f}",
     }

@@ -66,6 +66,9 @@ _SCALARS = {
     "Keypast-Version": "version",
     "Keypast-Past-Length": "past_length",
     "Keypast-Valid-Length": "valid_length",
+    "Keypast-Computed": "computed",
+    "Keypast-Reused": "reused",
+    "Keypast-Shared": "shared",
     "Keypast-Queue-Ms": "timings.queue_ms",
     "Keypast-Compute-Ms": "timings.compute_ms",
 }

@@ -128,6 +128,9 @@ class _Run:
             past_length=result.past_length,
             valid_length=result.valid_length,
             version=result.version,
+            computed=result.effort.computed,
+            reused=result.effort.reused,
+            shared=result.effort.shared,
             timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
         )
 
@@ -145,6 +148,9 @@ class _Run:
             past_length=result.past_length,
             valid_length=result.valid_length,
             version=result.version,
+            computed=result.effort.computed,
+            reused=result.effort.reused,
+            shared=result.effort.shared,
             timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
         )
         headers = reply_headers(body) | replay_headers(self._once)

@@ -153,6 +153,9 @@ def reply_of(result: AppendResult, text: TextModel | None) -> tuple[AppendReply,
         past_length=result.past_length,
         valid_length=result.valid_length,
         version=result.version,
+        computed=result.effort.computed,
+        reused=result.effort.reused,
+        shared=result.effort.shared,
         timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
     )
     return reply, arrays

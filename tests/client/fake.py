@@ -6,6 +6,7 @@ The decoder's text is one token a byte, and it goes on with "Paris. " for ever. 
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,6 +19,7 @@ from keypast.wire import Array
 
 LOOP = b"Paris. "
 NOW = "2026-01-01T00:00:00Z"
+EFFORT: dict[str, Any] = {"computed": [1], "reused": [4], "shared": [2]}
 TIMINGS = schemas.Timings(queue_ms=0.5, compute_ms=2.0)
 STATUS = {
     Code.SESSION_NOT_FOUND: 404,
@@ -273,6 +275,7 @@ class FakeService:
             past_length=past,
             valid_length=present,
             version=session.version,
+            **EFFORT,
             timings=TIMINGS,
         )
         encoded = wire.write_reply(body, tensors, wire.reply_form(form, request.headers.get("Accept")))
@@ -353,6 +356,7 @@ class FakeService:
                     past_length=past,
                     valid_length=session.lengths,
                     version=session.version,
+                    **EFFORT,
                     timings=TIMINGS,
                 )
             )
@@ -386,6 +390,7 @@ class FakeService:
                 past_length=past,
                 valid_length=session.lengths,
                 version=session.version,
+                **EFFORT,
                 timings=TIMINGS,
             )
         )

@@ -34,6 +34,7 @@ def test_a_session_follows_its_replies(client: Client, service: FakeService) -> 
     assert repr(session) == "<Session mine decoder v0 [0]>"
     result = session.prefill(text="The capital", sample={"temperature": 0})
     assert (result.past_length, result.valid_length, result.next_token, result.text) == ([0], [11], [80], ["P"])
+    assert (result.computed, result.reused, result.shared) == ([1], [4], [2])
     assert (session.version, session.valid_length) == (1, [11])
     session.step(token_ids=[[80]])
     assert (session.version, session.valid_length) == (2, [12])

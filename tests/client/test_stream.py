@@ -26,6 +26,9 @@ END = StreamEnd(
     past_length=[2, 2],
     valid_length=[3, 2],
     version=4,
+    computed=[1, 0],
+    reused=[2, 2],
+    shared=[0, 0],
     timings=Timings(queue_ms=0, compute_ms=1),
 )
 

@@ -61,6 +61,9 @@ def test_a_reply_comes_back(array: Array, form: Form) -> None:
         past_length=[0, 2],
         valid_length=[3, 2],
         version=4,
+        computed=[3, 2],
+        reused=[2, 0],
+        shared=[1, 0],
         timings=Timings(queue_ms=0.25, compute_ms=2),
     )
     sent = wire.write_reply(reply, {"logits": array}, form)
@@ -72,6 +75,8 @@ def test_a_reply_comes_back(array: Array, form: Form) -> None:
         assert same(outputs["logits"], array)
     assert sent.headers["ETag"] == '"4"'
     assert sent.headers["Keypast-Valid-Length"] == "3,2"
+    efforts = [sent.headers[f"Keypast-{name}"] for name in ("Computed", "Reused", "Shared")]
+    assert efforts == ["3,2", "2,0", "1,0"]
 
 
 @given(arrays(), st.sampled_from(["flat", "nested", "base64"]))

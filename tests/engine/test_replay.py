@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.batch import AppendResult, Once
+from engine.batch import AppendResult, Effort, Once
 from engine.errors import KeyReused, ReplyDropped
 from engine.replay import Replays, weigh
 from engine.session import Session
 from engine.stats import Receipt, SessionInfo
+
+EFFORT = Effort([1], [0], [0])
 
 
 def session(name: str = "a") -> Session:
@@ -26,7 +28,7 @@ def replays(keys: int = 3, session_bytes: int = 10_000, total_bytes: int = 15_00
 
 
 def result(size: int, version: int = 1) -> AppendResult:
-    return AppendResult({"logits": np.zeros(size, np.uint8)}, [0], [1], version, 0.0, 0.0)
+    return AppendResult({"logits": np.zeros(size, np.uint8)}, [0], [1], version, 0.0, 0.0, EFFORT)
 
 
 OVERHEAD = weigh(result(0))
@@ -123,7 +125,12 @@ def test_the_oldest_replies_give_way_in_a_session_and_in_all() -> None:
 def test_a_reply_has_arrays_of_its_own() -> None:
     batch = np.arange(1000.0)
     known, own = replays(), session()
-    do(known, own, Once(b"body", "k"), AppendResult({"logits": batch[3:5], "text": ["a"]}, [0], [1], 1, 0.0, 0.0))
+    do(
+        known,
+        own,
+        Once(b"body", "k"),
+        AppendResult({"logits": batch[3:5], "text": ["a"]}, [0], [1], 1, 0.0, 0.0, EFFORT),
+    )
     batch[:] = 0
     kept = known.find(own, Once(b"body", "k"))
     assert kept.outputs["logits"].tolist() == [3, 4]
@@ -250,7 +257,7 @@ class Memory(RuleBasedStateMachine):
         before = own.version
         own.version += changes
         outputs = {"n": np.full(size // 4 + 1, self.count, np.int32)}
-        reply = AppendResult(outputs, [0], [0], own.version, 0.0, 0.0)
+        reply = AppendResult(outputs, [0], [0], own.version, 0.0, 0.0, EFFORT)
         self.known.remember(own, once, reply, before)
         fits = weigh(reply) <= self.SESSION_BYTES
         self.done[at].append(Done(once, before if changes else None, own.version, self.count, fits))

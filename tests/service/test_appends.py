@@ -10,7 +10,7 @@ import pytest
 from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, dump_tensors, encode_tensor, load_tensors, read_reply
 from service.routes.inference import LARGE
 from tests.service.conftest import Running, Start
-from tests.service.fakes import KINDS, VOCABULARY, H, Kind
+from tests.service.fakes import KINDS, VOCABULARY, H, Kind, event_data
 
 pytestmark = pytest.mark.anyio
 
@@ -35,6 +35,28 @@ async def test_lengths_version_and_timings(running: Running, kind: Kind) -> None
     assert (third.headers["etag"], third.headers["keypast-valid-length"]) == ('"3"', "9")
     session = (await running.client.get(path)).json()
     assert (session["valid_length"], session["version"], session["state"]) == ([9], 3, "idle")
+
+
+async def test_every_reply_says_what_was_computed_and_what_reused(running: Running, kind: Kind) -> None:
+    parent = f"/v1/sessions/{await running.prefilled(kind, 6)}"
+    child = (await running.client.post(f"{parent}/fork", json={})).json()["sessions"][0]["id"]
+    path = f"/v1/sessions/{child}"
+    for verb, n, past, shared in (("score", 3, 6, 6), ("prefill", 3, 6, 6), ("step", 1, 9, 4)):
+        reply = await running.client.post(f"{path}/{verb}", json=kind.json(n, past))
+        told = reply.json()
+        assert (told["computed"], told["reused"], told["shared"]) == ([n], [past], [shared]), verb
+        headers = [reply.headers[f"keypast-{name}"] for name in ("computed", "reused", "shared")]
+        assert headers == [str(n), str(past), str(shared)]
+
+
+async def test_a_generation_says_so_too(running: Running) -> None:
+    path = f"/v1/sessions/{await running.prefilled(DECODER, 6)}"
+    await running.client.post(f"{path}/truncate", json={"length": 5})
+    whole = (await running.client.post(f"{path}/generate", json={"max_tokens": 2})).json()
+    assert (whole["computed"], whole["reused"], whole["shared"]) == ([3], [4], [0]), "the last position once more"
+    stream = await running.client.post(f"{path}/generate", json={"max_tokens": 2, "stream": True})
+    end = event_data(stream.text)[-2]
+    assert (end["computed"], end["reused"], end["valid_length"]) == ([2], [7], [9])
 
 
 async def test_attention_gives_the_form_it_was_given(running: Running) -> None:
