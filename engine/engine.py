@@ -1,24 +1,20 @@
-"""The engine: admit, run_once (schedule, run, commit), roll back. Everything a transport calls is here.
+"""The engine: admit, run_once (schedule, run, commit), roll back. Everything a transport calls is here, or in `books`.
 
 Threads: one thread calls `run_once` and `wait`; any thread may call the rest. What is decided (sessions, blocks,
 queues) is guarded by one lock that is never held through a forward pass, so forking or deleting never waits for the
 model. A block freed while a forward pass still writes to it is safe: only `run_once` hands blocks out, afterwards.
 """
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Literal, Unpack
+from typing import Any
 
 from engine.admission import (
     check_inputs,
-    check_ttl,
     check_version,
     check_want,
-    merged_labels,
     new_positions,
     query_count,
     row_lengths,
@@ -39,208 +35,25 @@ from engine.batch import (
     Want,
     Work,
 )
-from engine.config import EngineConfig
+from engine.books import Books, reject, resolve
 from engine.errors import (
     EngineError,
     EngineStopped,
     InvalidInput,
     ModelFailed,
-    ModelNotFound,
     PoolExhausted,
     QueueFull,
-    SessionGone,
     WrongState,
 )
-from engine.events import EventLog
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
-from engine.replay import Replays
 from engine.results import gather
-from engine.serving import Runner, Served
-from engine.session import Sequence, Session, SessionChanges, SessionFilter, SessionState
-from engine.specs import ModelSpec
-from engine.stats import Capacity, Receipt, SessionInfo
-from engine.store import SessionStore
-from engine.tenants import Tenants, counts_by_tenant
-
-MAX_BATCH_SIZE = 1024
-MAX_FORKS = 256
-
-Closing = Literal["deleted", "expired", "evicted"]
+from engine.serving import Served
+from engine.session import Session, SessionState
+from engine.tenants import counts_by_tenant
 
 
-class Engine:
-    def __init__(self, runners: Iterable[Runner], config: EngineConfig, clock: Callable[[], float] = time.time) -> None:
-        self.config = config
-        self._clock = clock
-        self._lock = threading.RLock()
-        self._news = threading.Condition(self._lock)
-        self._has_news = False
-        self._stopping = False
-        self._failure: BaseException | None = None
-        self._waiting = 0
-        self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
-        self._tenants = Tenants(config, self._store, clock)
-        self._replays = Replays(
-            config.replay_keys, config.replay_bytes_per_session, config.replay_bytes, config.tombstones
-        )
-        self.events = EventLog(config.event_ring, clock)
-        self._served: dict[str, Served] = {}
-        for runner in runners:
-            self._served[runner.spec.name] = Served(runner, config)
-
-    @property
-    def specs(self) -> dict[str, ModelSpec]:
-        return {name: served.spec for name, served in self._served.items()}
-
-    # Sessions: bookkeeping only, answered at once on the caller's thread.
-
-    def create_session(
-        self,
-        model: str,
-        *,
-        tenant: str = "",
-        session_id: str | None = None,
-        batch_size: int = 1,
-        max_length: int | None = None,
-        ttl_seconds: float | None = None,
-        pinned: bool = False,
-        labels: dict[str, str] | None = None,
-        once: Once | None = None,
-    ) -> SessionInfo:
-        """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, QuotaExceeded, EngineStopped."""
-        with self._lock:
-            if (created := self._replays.find_created(tenant, once)) is not None:
-                return created
-            self._refuse_when_stopping()
-            served = self._served.get(model)
-            if served is None:
-                raise ModelNotFound(model, sorted(self._served))
-            longest = served.spec.max_length
-            if max_length is not None and not 1 <= max_length <= longest:
-                raise InvalidInput("max_length", f"must be 1 to {longest} for model {model}, got {max_length}")
-            if not 1 <= batch_size <= MAX_BATCH_SIZE:
-                raise InvalidInput("batch_size", f"must be 1 to {MAX_BATCH_SIZE}, got {batch_size}")
-            check_ttl(ttl_seconds)
-            self._expire()
-            self._tenants.admit(tenant, sessions=1, pinned=int(pinned))
-            session = self._store.open(
-                tenant,
-                model,
-                max_length or longest,
-                [Sequence() for _ in range(batch_size)],
-                session_id=session_id,
-                ttl_seconds=ttl_seconds,
-                pinned=pinned,
-                labels=labels,
-            )
-            self._tenants.add(tenant, sessions=1, pinned=int(pinned))
-            self.events.emit("created", session)
-            self._tell()  # its end may be the next to come
-            info = self._info(session)
-            self._replays.remember_created(session, once, info)
-            return info
-
-    def session(self, session_id: str, tenant: str = "", *, expected_version: int | None = None) -> SessionInfo:
-        """Raises SessionNotFound, SessionGone, Moved."""
-        with self._lock:
-            session = self._store.find(tenant, session_id)
-            check_version(expected_version, session)
-            return self._info(session)
-
-    def sessions(self, tenant: str = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
-        """The tenant's sessions, or those of them that are wanted, oldest first."""
-        with self._lock:
-            self._expire()
-            return [self._info(session) for session in self._store.select(tenant, wanted)]
-
-    def update_session(
-        self,
-        session_id: str,
-        tenant: str = "",
-        *,
-        expected_version: int | None = None,
-        **changes: Unpack[SessionChanges],
-    ) -> SessionInfo:
-        """A merge patch of what is not the past, so no new version; a use, so its time to live begins anew.
-
-        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QuotaExceeded, EngineStopped.
-        """
-        with self._lock:
-            self._refuse_when_stopping()
-            session = self._store.find(tenant, session_id)
-            check_version(expected_version, session)
-            labels = merged_labels(session.labels, changes.get("labels", {}))
-            check_ttl(changes.get("ttl_seconds"))
-            pinned = changes.get("pinned", session.pinned)
-            more = int(pinned) - int(session.pinned)
-            self._tenants.admit(tenant, pinned=max(0, more))
-            self._tenants.add(tenant, pinned=more)
-            session.labels, session.pinned = labels, pinned
-            session.ttl_seconds = changes.get("ttl_seconds", session.ttl_seconds)
-            self._store.touch(session)
-            self._tell()
-            return self._info(session)
-
-    def delete_session(
-        self, session_id: str, tenant: str = "", *, expected_version: int | None = None, once: Once | None = None
-    ) -> Receipt:
-        """Frees every block now, also while an append runs: that append ends with SessionGone.
-
-        Raises SessionNotFound, SessionGone, Moved.
-        """
-        with self._lock:
-            if (deleted := self._replays.find_deleted(tenant, session_id, once)) is not None:
-                return deleted
-            session = self._store.find(tenant, session_id)
-            self._replays.find(session, once)  # its key may be another request's
-            check_version(expected_version, session)
-            receipt = self._close(session, "deleted")
-            self._replays.remember_deleted(session, once, receipt)
-            return receipt
-
-    def fork(
-        self,
-        session_id: str,
-        *,
-        tenant: str = "",
-        count: int = 1,
-        at: int | list[int] | None = None,
-        expected_version: int | None = None,
-        once: Once | None = None,
-    ) -> list[SessionInfo]:
-        """Children that share the parent's blocks up to `at` (default: its last commit), also while it is busy. They
-        have its time to live and its labels, and are not pinned.
-
-        Raises SessionNotFound, SessionGone, Moved, InvalidInput, QueueFull, QuotaExceeded.
-        """
-        with self._lock:
-            parent = self._store.find(tenant, session_id)
-            children: list[SessionInfo] | None = self._replays.find(parent, once)
-            if children is not None:
-                return children
-            self._refuse_when_stopping()
-            check_version(expected_version, parent)
-            if not 1 <= count <= MAX_FORKS:
-                raise InvalidInput("count", f"must be 1 to {MAX_FORKS}, got {count}")
-            if len(self._store) + count > self.config.max_sessions:
-                raise QueueFull(f"{count} more sessions pass the limit of {self.config.max_sessions}")
-            lengths = parent.valid_length if at is None else row_lengths("at", at, parent)
-            self._expire()
-            self._tenants.admit(tenant, sessions=count)
-            self._store.touch(parent)
-            self._tenants.add(tenant, sessions=count)
-            children = [self._info(self._fork_one(parent, lengths)) for _ in range(count)]
-            self._replays.remember(parent, once, children, parent.version)
-            return children
-
-    def capacity(self, tenant: str = "") -> Capacity:
-        """What there is, and what the tenant has and may have of it."""
-        with self._lock:
-            models = [served.capacity(self._of(name), tenant) for name, served in self._served.items()]
-            own = self._tenants.quota(tenant), self._tenants.use(tenant)
-            return Capacity(models, len(self._store), self._waiting, *own)
-
+class Engine(Books):
     # Operations: in arrival order per session, answered through their future.
 
     def submit(self, operation: Operation) -> None:
@@ -350,7 +163,7 @@ class Engine:
             for session in self._store:
                 while len(session.waiting) > 1:
                     self._count(session, -1)
-                    _reject(session.waiting.pop(), error)
+                    reject(session.waiting.pop(), error)
             for served in self._served.values():
                 for work in served.scheduler.works():
                     self._fail(served, work, error)
@@ -498,7 +311,7 @@ class Engine:
                     self._start(operation, session)
             except EngineError as error:
                 self._pop(session)
-                _reject(operation, error)
+                reject(operation, error)
 
     def _start(self, operation: Operation, session: Session) -> None:
         served = self._served[session.model]
@@ -566,20 +379,20 @@ class Engine:
         if error is None:
             self._done(operation, session, self._result(operation, work, outputs), session.version - work.changes)
         else:
-            _reject(self._pop(session), error)
+            reject(self._pop(session), error)
         self._advance(session)
 
     def _done(self, operation: Operation, session: Session, result: object, before: int) -> None:
         """Ends an operation that was applied to the session, which was at version `before`: remembered, then told."""
         self._pop(session)
         self._replays.remember(session, operation.once, result, before)
-        _resolve(operation.future, result)
+        resolve(operation.future, result)
 
     def _replay(self, operation: Operation, session: Session) -> bool:
         """Answers it with what was done before, if it was. Raises KeyReused, ReplyDropped."""
         result = self._replays.find(session, operation.once, operation.expected_version)
         if result is not None:
-            _resolve(operation.future, result)
+            resolve(operation.future, result)
         return result is not None
 
     def _result(self, operation: Operation, work: Work, outputs: dict[str, Any]) -> object:
@@ -620,53 +433,11 @@ class Engine:
                 operation.partial = generation.partial()
                 if operation.partial is not None:
                     self._replays.remember(session, operation.once, operation.partial, generation.began_at)
-                _reject(self._pop(session), error)
+                reject(self._pop(session), error)
             self._advance(session)
 
         rows = len(session.sequences)
         self._add(served, session, {}, [0] * rows, generation.want, turn_ended, operation.future)
-
-    def _truncate(self, served: Served, session: Session, lengths: list[int]) -> None:
-        for sequence, length in zip(session.sequences, lengths, strict=True):
-            if length < sequence.length:
-                sequence.length = length
-                sequence.tail = None
-                del sequence.history[length:]
-                served.scheduler.cut(sequence, length)
-        session.version += 1
-        self.events.emit("truncated", session)
-        self._store.touch(session)
-
-    def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
-        served = self._served[parent.model]
-        child = self._store.open(
-            parent.tenant,
-            parent.model,
-            parent.max_length,
-            served.scheduler.forked(parent, lengths),
-            ttl_seconds=parent.ttl_seconds,
-            labels=parent.labels,
-            parent=parent.id,
-        )
-        for sequence in child.sequences:
-            served.pool.share(sequence.block_table)
-        self.events.emit("forked", child)
-        self._tell()
-        return child
-
-    def _close(self, session: Session, reason: Closing) -> Receipt:
-        served = self._served[session.model]
-        positions = sum(session.valid_length)
-        blocks = [block for sequence in session.sequences for block in sequence.block_table]
-        self._store.close(session, reason)
-        self.events.emit(reason, session)
-        self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))
-        self._replays.forget(session)
-        freed = served.pool.release(blocks)
-        while session.waiting:
-            _reject(self._pop(session), SessionGone(reason))
-        self._tell()
-        return Receipt(session.id, positions, freed * served.block_bytes, freed, len(blocks) - freed)
 
     # Small things.
 
@@ -690,33 +461,6 @@ class Engine:
         self._tenants.admit_blocks(session.tenant, served.pool.shares, needed)
         self._tenants.admit_positions(session.tenant, positions)
 
-    def _count(self, session: Session, operations: int) -> None:
-        self._waiting += operations
-        self._tenants.add(session.tenant, appends=operations)
-
-    def _pop(self, session: Session) -> Operation:
-        self._count(session, -1)
-        operation: Operation = session.waiting.popleft()
-        return operation
-
-    def _expire(self) -> None:
-        for session in self._store.expired():
-            self._close(session, "expired")
-
-    def _tell(self) -> None:
-        self._has_news = True
-        self._news.notify_all()
-
-    def _refuse_when_stopping(self) -> None:
-        if self._stopping:
-            raise EngineStopped("the engine is stopping; nothing was applied")
-
-    def _of(self, model: str) -> list[Session]:
-        return [session for session in self._store if session.model == model]
-
-    def _info(self, session: Session) -> SessionInfo:
-        return self._served[session.model].info(session)
-
 
 def _as_engine_error(error: Exception) -> EngineError:
     if isinstance(error, EngineError):
@@ -724,13 +468,3 @@ def _as_engine_error(error: Exception) -> EngineError:
     failed = ModelFailed(f"the model failed ({type(error).__name__}); the session is unchanged")
     failed.__cause__ = error
     return failed
-
-
-def _resolve(future: Future[Any], result: object) -> None:
-    with contextlib.suppress(InvalidStateError):  # cancelled by a caller who no longer waits
-        future.set_result(result)
-
-
-def _reject(operation: Operation, error: BaseException) -> None:
-    with contextlib.suppress(InvalidStateError):
-        operation.future.set_exception(error)

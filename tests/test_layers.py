@@ -20,7 +20,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
     " engine.chat engine.sampling engine.compat engine.parallel": ("L3", "L0 L1"),
     "engine.runner": ("L4", "L0 L1 L3"),
-    "engine.engine": ("L5", "L0 L1 L2"),
+    "engine.books engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
     "keypast.schemas keypast.wire keypast.past keypast.batch": ("S0", ""),
