@@ -44,10 +44,10 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
     team = Team(settings.model_parallel, "cuda" if _on_gpu(settings.device) else "cpu", settings.rank_seconds)
     try:
         models = {name: team.load(name, spec, options, progress) for name, spec in settings.models.items()}
+        loaded = _over(models, settings, team.close)
     except BaseException:
         team.close()
         raise
-    loaded = _over(models, settings, team.close)
     team.watch(loaded.engine.fail)
     return loaded
 

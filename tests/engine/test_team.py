@@ -146,6 +146,16 @@ def test_a_past_leaves_a_cut_model_whole_and_comes_back(pair: Pair, name: str) -
         np.testing.assert_allclose(step(one, session), expected, atol=1e-4)
 
 
+def test_freed_blocks_are_zeroed_on_every_rank(pair: Pair) -> None:
+    served, _ = pair("layer")
+    served.append(served.open(), {**inputs(1, 20, 0), "attention_mask": causal(1, 20)})
+    tables, lengths = [list(range(1, served.runner.blocks))], [16 * (served.runner.blocks - 1)]
+    written = [array.any(axis=(0, 2, 3)) for array in served.runner.read_past(tables, lengths).values()]
+    assert np.all(written), "every head has something in the past"
+    served.runner.zero(tables[0])
+    assert not any(array.any() for array in served.runner.read_past(tables, lengths).values())
+
+
 def bad_plan(served: Served) -> Plan:
     """A token id that is not in the vocabulary, which admission would have refused."""
     row = np.array([1], np.int32)
