@@ -173,3 +173,15 @@ def test_heads_that_the_ranks_cannot_share_are_one_clear_line(settings: dict[str
         "3 does not divide heads and kv_heads and intermediate_size, but each of 1, 2 would"
     )
     assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_the_default_model_answers_over_three_ranks() -> None:
+    """Nine heads of the query, three of the past: three ranks, one each."""
+    with Server("service", models="smollm=default", dtype="float32", model_parallel="3") as server:
+        address = server.line(r"keypast serves .* on (http://\S+)", 300)[1]
+        with httpx.Client(base_url=address, timeout=120) as client:
+            path = f"/v1/sessions/{post(client, '/v1/sessions', model='smollm')['id']}"
+            post(client, f"{path}/prefill", messages=[{"role": "user", "content": "What is the capital of France?"}])
+            reply = post(client, f"{path}/generate", max_tokens=12)
+    assert reply["outputs"]["text"] == ["The capital of France is Paris."]
