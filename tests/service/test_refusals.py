@@ -52,7 +52,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED.keys())
-@pytest.mark.parametrize("verb", ["/prefill", "/step", "/generate", "/fork", "/truncate", ""])
+@pytest.mark.parametrize("verb", ["/prefill", "/step", "/score", "/generate", "/fork", "/truncate", ""])
 async def test_malformed_json_is_400(running: Running, body: bytes, verb: str) -> None:
     session_id = await running.prefilled(DECODER, 3)
     before = running.state()
@@ -226,7 +226,7 @@ async def test_query_parameters_are_known_or_refused(running: Running, kind: Kin
 
 
 @pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "nonsense"])
-@pytest.mark.parametrize("verb", ["/prefill", "/step", "/generate", "/fork", "/truncate", ""])
+@pytest.mark.parametrize("verb", ["/prefill", "/step", "/score", "/generate", "/fork", "/truncate", ""])
 async def test_other_media_types_are_415(running: Running, media: str, verb: str) -> None:
     session_id = await running.session("letters")
     before = running.state()
@@ -271,6 +271,7 @@ async def test_unknown_sessions_and_routes_are_404(running: Running, kind: Kind)
         for verb, body in (
             ("/prefill", kind.json(1)),
             ("/step", kind.json(1)),
+            ("/score", kind.json(1)),
             ("/fork", {}),
             ("/truncate", {"length": 0}),
         ):
@@ -287,6 +288,9 @@ async def test_other_methods_are_405_with_all_that_are_allowed(running: Running)
         "/v1/sessions": "HEAD, GET, POST",
         "/v1/sessions/a": "HEAD, GET, PATCH, DELETE",
         "/v1/sessions/a/step": "POST",
+        "/v1/sessions/a/score": "POST",
+        "/v1/batch/step": "POST",
+        "/v1/events": "HEAD, GET",
     }
     for path, methods in {**allowed, "/livez": "HEAD, GET", "/v1/sessions/a/past": "HEAD, GET, PUT"}.items():
         reply = await running.client.request("TRACE", path)
@@ -321,6 +325,7 @@ async def test_410_for_every_verb(running: Running, kind: Kind) -> None:
     bodies = {
         "/prefill": kind.json(1),
         "/step": kind.json(1, 3),
+        "/score": kind.json(1, 3),
         "/fork": {},
         "/truncate": {"length": 0},
         "/generate": {},
