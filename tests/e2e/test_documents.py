@@ -1,4 +1,4 @@
-"""What the README, the guide to migrating and the examples say, done against a real service that has tiny models under
+"""What the README, the guides and the examples say, done against a real service that has tiny models under
 the real ones' names."""
 
 import contextlib
@@ -21,6 +21,7 @@ from tests.e2e.test_server import ROOT, Server
 from tests.tiny import save_tiny_decoder
 
 README = (ROOT / "README.md").read_text()
+SESSIONS = (ROOT / "docs" / "sessions.md").read_text()
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text()
 SERVICE = "http://127.0.0.1:8000"
 
@@ -85,6 +86,15 @@ def test_migrating_python(code: str, address: str, tmp_path: Path) -> None:
     said = re.findall(r"^ *print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
     assert said
     assert printed.splitlines() == said
+
+
+@pytest.mark.parametrize("code", blocks(SESSIONS, "python"))
+def test_sessions_python(code: str, address: str, tmp_path: Path) -> None:
+    """A snippet prints what its comments say; in a loop, each time, or each of them in turn."""
+    said = re.findall(r"^( *)print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
+    assert said
+    printed = run_snippet(code.replace(SERVICE, address), tmp_path).splitlines()
+    assert list(dict.fromkeys(printed)) == [line for _, text in said for line in text.split(" | ")]
 
 
 def test_readme_curl(address: str) -> None:
