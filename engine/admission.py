@@ -1,15 +1,22 @@
 """Whether an append may start: its inputs against the model's spec, its lengths against the session. No tensors."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.batch import Append, Want
+from engine.blocks import blocks_for
 from engine.errors import InvalidInput, LengthExceeded, Moved, WrongState
 from engine.session import Session
 from engine.specs import Axis, ModelSpec, TensorSpec
 
 MAX_LABELS = 32
+
+
+class Room(NamedTuple):
+    blocks: int
+    block_size: int
 
 
 def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
@@ -65,9 +72,9 @@ def check_want(spec: ModelSpec, want: Want) -> None:
             raise InvalidInput(f"sample.{name}", f"is out of range, got {getattr(sample, name)}")
 
 
-def new_positions(spec: ModelSpec, append: Append, session: Session, pool_positions: int) -> list[int]:
+def new_positions(spec: ModelSpec, append: Append, session: Session, room: Room) -> list[int]:
     """How many positions each row appends, at the session as it is now; all 0 for queries alone, which read its past.
-    `pool_positions`: what the whole pool holds.
+    `room`: what the tenant may ever hold.
 
     Raises Moved, WrongState, InvalidInput, LengthExceeded.
     """
@@ -94,7 +101,7 @@ def new_positions(spec: ModelSpec, append: Append, session: Session, pool_positi
             f"each must be past_length + 0 to {m} and at least one row must grow; past_length is {past}, got {after}",
         )
     given = next(tensor.name for tensor in spec.inputs if tensor.name in append.inputs)
-    check_fits(given, after, session, pool_positions)
+    check_fits(given, after, session, room)
     mask = append.inputs.get("attention_mask")
     if mask is not None and mask.shape[2] != max(past) + m:
         message = f"must be (B, n, T) with T = past_length + new positions = {max(past) + m}, got {mask.shape}"
@@ -142,12 +149,13 @@ def merged_labels(labels: Mapping[str, str], changes: Mapping[str, str | None] |
     return kept
 
 
-def check_fits(field: str, after: list[int], session: Session, pool_positions: int) -> None:
+def check_fits(field: str, after: list[int], session: Session, room: Room) -> None:
     """`after`: a row's length each. Raises LengthExceeded naming the field."""
     if max(after) > session.max_length:
         raise LengthExceeded(field, f"{max(after)} positions pass the session's max_length {session.max_length}")
-    if sum(after) > pool_positions:
-        raise LengthExceeded(field, f"{sum(after)} positions can never fit the pool of {pool_positions}")
+    blocks = sum(blocks_for(length, room.block_size) for length in after)
+    if blocks > room.blocks:
+        raise LengthExceeded(field, f"{sum(after)} positions take {blocks} blocks and can never fit in {room.blocks}")
 
 
 def _check_present(spec: ModelSpec, append: Append) -> None:

@@ -320,7 +320,7 @@ class Engine(Books):
             self._truncate(served, session, row_lengths("length", operation.length, session))
             self._done(operation, session, self._info(session), session.version - 1)
         elif isinstance(operation, Append):
-            new = new_positions(served.spec, operation, session, served.most_positions(session.tenant))
+            new = new_positions(served.spec, operation, session, served.room(session.tenant))
             queries = query_count(served.spec, operation)
             self._admit(served, session, new, sum(max(count, queries or 0) for count in new))
             self._add(
@@ -339,7 +339,7 @@ class Engine(Books):
             new = [0] * len(session.sequences)
             self._add(served, session, {}, new, Want(), self._end_append, operation.future, "read_past")
         elif isinstance(operation, ImportPast):
-            new = import_positions(operation, session, served.most_positions(session.tenant))
+            new = import_positions(operation, session, served.room(session.tenant))
             self._admit(served, session, new, sum(new))
             arrays = operation.past.arrays
             self._add(served, session, arrays, new, Want(), self._end_append, operation.future, "write_past")

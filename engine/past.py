@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from engine.admission import check_fits, check_version
+from engine.admission import Room, check_fits, check_version
 from engine.batch import Array, ExportPast, ImportPast, SessionPast
 from engine.errors import InvalidInput, LengthExceeded, WrongState
 from engine.session import Session
@@ -33,13 +33,13 @@ def check_past(spec: ModelSpec, past: SessionPast, rows: int) -> None:
         _check_history(spec, past)
 
 
-def import_positions(operation: ImportPast, session: Session, pool_positions: int) -> list[int]:
+def import_positions(operation: ImportPast, session: Session, room: Room) -> list[int]:
     """How many positions each row gets. Raises Moved, WrongState, LengthExceeded."""
     check_version(operation.expected_version, session)
     if any(session.valid_length):
         raise WrongState("the session has a past: import into an empty one, or truncate this one to 0 first")
     lengths = operation.past.valid_length
-    check_fits(LENGTHS, lengths, session, pool_positions)
+    check_fits(LENGTHS, lengths, session, room)
     return lengths
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol
 
+from engine.admission import Room
 from engine.batch import Array, Batch, RowResult
 from engine.blocks import NULL_BLOCK, BlockPool, blocks_for
 from engine.config import EngineConfig
@@ -88,9 +89,9 @@ class Served:
         """And the null block, where positions were replayed that may have been theirs."""
         self.runner.zero([NULL_BLOCK, *blocks])
 
-    def most_positions(self, tenant: str) -> int:
-        """That the tenant may ever hold."""
-        return self.pool.shares.most(tenant) * self.block_size
+    def room(self, tenant: str) -> Room:
+        """What the tenant may ever hold."""
+        return Room(self.pool.shares.most(tenant), self.block_size)
 
     def to_evict(self, sessions: list[Session], now: float) -> list[Session]:
         """Those whose end gives a work that waits the blocks it lacks. `sessions`: the model's."""

@@ -350,7 +350,7 @@ def test_too_long_is_refused_before_anything_runs(house: House) -> None:
         house.append(session, [1, 2, 3])
     assert house.append(session, [1, 2]).valid_length == [12]
     wide = house.open(batch_size=2)
-    with pytest.raises(LengthExceeded, match="can never fit the pool of 304"):
+    with pytest.raises(LengthExceeded, match="can never fit in 19"):
         house.append(wide, [1] * 160, [1] * 160)
 
 

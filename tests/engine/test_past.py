@@ -373,7 +373,7 @@ def test_too_long_for_the_session_or_the_pool(house: House) -> None:
     large = House(blocks=40)
     past = large.export(large.open([1] * 110, [1] * 110, [1] * 110)).past
     error = house.refuses(LengthExceeded, house.open([], [], []), past)
-    assert str(error) == "batch_valid_length: 330 positions can never fit the pool of 304"
+    assert str(error) == "batch_valid_length: 330 positions take 21 blocks and can never fit in 19"
 
 
 def test_an_import_at_another_version_is_refused(house: House) -> None:

@@ -86,7 +86,10 @@ class Sessions(RuleBasedStateMachine):
         self.engine.submit(append)
         self.settle()
         error = append.future.exception(0)
-        if max(lengths) > self.engine.session(session).max_length or sum(lengths) > (BLOCKS - 1) * 4:
+        if (
+            max(lengths) > self.engine.session(session).max_length
+            or sum(-(-length // 4) for length in lengths) > BLOCKS - 1
+        ):
             assert isinstance(error, LengthExceeded)
         elif error is not None:
             assert isinstance(error, (ModelFailed if fails else PoolExhausted, PoolExhausted))
