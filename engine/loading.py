@@ -27,6 +27,7 @@ class LoadOptions:
     device: str = "auto"
     backend: str = "auto"
     warn: Callable[[str], None] = print
+    quantize: str = "none"
     parallel: Parallel | None = None
     together: Together | None = None
 
@@ -42,12 +43,10 @@ class LoadedModel:
 
 def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
     """Raises InvalidInput naming the spec's or the checkpoint's fault, and its fix."""
-    loaded = build(
-        name,
-        spec,
-        ModelOptions(options.cache_dir, options.dtype, options.kv_dtype, options.device, options.parallel),
-        progress,
+    model_options = ModelOptions(
+        options.cache_dir, options.dtype, options.kv_dtype, options.device, options.parallel, options.quantize
     )
+    loaded = build(name, spec, model_options, progress)
     model_spec = loaded.model.spec
     block_bytes = model_spec.kv.position_bytes * options.block_size
     if options.parallel is not None and model_spec.device != "cpu":

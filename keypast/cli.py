@@ -32,6 +32,7 @@ def serve(
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="A model to load; repeatable.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: decoders' weights in 8 bits, on the CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     kv_memory: Annotated[
         str | None, typer.Option(help="For keys and values: 4GiB, or a share of the free memory: 25%.")
@@ -46,6 +47,7 @@ def serve(
         "host": host,
         "port": port,
         "dtype": dtype,
+        "quantize": quantize,
         "device": device,
         "kv_memory": kv_memory,
         "threads": threads,

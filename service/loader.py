@@ -32,6 +32,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         block_size=settings.block_size,
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
+        quantize=settings.quantize,
         device=settings.device,
         backend=settings.attention_backend,
         warn=logger.warning,

@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     kv_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float16", description="of the keys and values that sessions hold"
     )
+    quantize: Literal["none", "int8"] = Field(
+        default="none", description="int8: decoders on the CPU keep their linears' weights in 8 bits"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
     attention_backend: Literal["auto", "cpu", "sdpa"] = Field(
         default="auto", description="sdpa is the slow reference; auto: the fastest that the device has"

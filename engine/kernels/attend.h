@@ -12,7 +12,7 @@
 
 namespace keypast::KEYPAST_VARIANT {
 
-constexpr int kRows = 6;        // rows per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
+constexpr int kRows = kMostRows;  // per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
 constexpr int kDirectRows = 8;  // tiles up to this size convert keys and values as they read them
 constexpr int kVecs = kChunk / kLanes;
 constexpr int kAhead = 4;        // vectors of keys or values between fetching and reading
@@ -396,20 +396,6 @@ static void locate_packed(const View& t, int vecs, const Scratch& s, Source<floa
   }
   source->key_stride = kLanes;
   source->value_stride = t.width;
-}
-
-// Calls f with the group's size as a constant.
-template <class F>
-KEYPAST_INLINE void sized(int size, F f) {
-  static_assert(kRows == 6);
-  switch (size) {
-    case 1: return f(Constant<1>{});
-    case 2: return f(Constant<2>{});
-    case 3: return f(Constant<3>{});
-    case 4: return f(Constant<4>{});
-    case 5: return f(Constant<5>{});
-    default: return f(Constant<6>{});
-  }
 }
 
 template <bool kFetch, class T>

@@ -77,12 +77,11 @@ void set_extras(const optional<Tensor>& k, const optional<Tensor>& v, keypast::A
   a->extras = k->size(0);
 }
 
-Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_blocks, const Tensor& v_blocks,
-              const Tensor& query_start, const Tensor& past_length, const Tensor& present_length,
-              const Tensor& block_table, const Tensor& positions, const Tensor& slots, bool causal,
-              const optional<Tensor>& bias, const optional<Tensor>& bias_start, const optional<Tensor>& cos,
-              const optional<Tensor>& sin, double scale, const optional<Tensor>& extra_k,
-              const optional<Tensor>& extra_v) {
+keypast::Attend attend_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_blocks,
+                          const Tensor& v_blocks, const Tensor& query_start, const Tensor& past_length,
+                          const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
+                          const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, double scale,
+                          const Tensor& out) {
   keypast::Attend a{};
   a.q = heads_of(q, "q"), a.k = heads_of(k, "k"), a.v = heads_of(v, "v");
   a.tokens = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
@@ -107,12 +106,24 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
   a.present_length = vector_of<int32_t>(present_length, "present_length", a.rows);
   a.positions = vector_of<int64_t>(positions, "positions", a.tokens);
   a.slots = vector_of<int64_t>(slots, "slots", a.written);
-  set_bias(bias, bias_start, &a);
   set_rotary(cos, sin, &a);
+  a.causal = true, a.scale = static_cast<float>(scale), a.out = out.data_ptr();
+  return a;
+}
+
+Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_blocks, const Tensor& v_blocks,
+              const Tensor& query_start, const Tensor& past_length, const Tensor& present_length,
+              const Tensor& block_table, const Tensor& positions, const Tensor& slots, bool causal,
+              const optional<Tensor>& bias, const optional<Tensor>& bias_start, const optional<Tensor>& cos,
+              const optional<Tensor>& sin, double scale, const optional<Tensor>& extra_k,
+              const optional<Tensor>& extra_v) {
+  TORCH_CHECK(q.dim() == 3, "keypast: q must be (T, heads, head_dim), not ", q.sizes());
+  Tensor out = at::empty({q.size(0), q.size(1) * q.size(2)}, q.options());
+  keypast::Attend a = attend_of(q, k, v, k_blocks, v_blocks, query_start, past_length, present_length, block_table,
+                                positions, slots, cos, sin, scale, out);
+  a.causal = causal;
+  set_bias(bias, bias_start, &a);
   set_extras(extra_k, extra_v, &a);
-  a.causal = causal, a.scale = static_cast<float>(scale);
-  Tensor out = at::empty({a.tokens, a.heads * a.head_dim}, q.options());
-  a.out = out.data_ptr();
   keypast::attend(a, at::get_num_threads());
   return out;
 }
@@ -172,6 +183,33 @@ Tensor silu_gate(const Tensor& input) {
   return out;
 }
 
+// A linear's weight and bias as 8-bit integers; the bias says how many outputs there are.
+keypast::Int8Weight int8_of(const optional<Tensor>& weight, const optional<Tensor>& bias, int64_t in) {
+  TORCH_CHECK(weight && bias, "keypast: 8-bit linears need a weight and a bias");
+  keypast::Int8Weight w{};
+  w.in = in, w.out = bias->numel();
+  const std::vector<int64_t> shape{w.blocks(), w.groups(), keypast::kGroupBytes};
+  const bool fits = weight->sizes() == at::IntArrayRef(shape) && weight->is_contiguous();
+  TORCH_CHECK(fits && weight->scalar_type() == at::kChar, "keypast: the weight of ", w.in, " inputs and ", w.out,
+              " outputs must be contiguous int8 ", at::IntArrayRef(shape), ", not ", weight->scalar_type(), " ",
+              weight->sizes());
+  TORCH_CHECK(bias->scalar_type() == at::kFloat, "keypast: bias must be float32, not ", bias->scalar_type());
+  w.data = weight->const_data_ptr<int8_t>(), w.bias = vector_of<float>(*bias, "bias", w.out);
+  return w;
+}
+
+Tensor int8_linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+  const Tensor x = foldable(input);
+  keypast::Int8 a{};
+  a.weight = int8_of(weight, bias, x.size(-1));
+  std::vector<int64_t> shape = input.sizes().vec();
+  shape.back() = a.weight.out;
+  Tensor out = at::empty(shape, input.options());
+  a.x = rows_of(x), a.out = out.data_ptr(), a.dtype = type_of(x, "x"), a.rows = x.numel() / x.size(-1);
+  keypast::int8_linear(a, at::get_num_threads());
+  return out;
+}
+
 // A linear whose weight is in oneDNN's layout: torch's own operator, called without Python between.
 Tensor packed_linear(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias) {
   using Call = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, c10::string_view,
@@ -227,6 +265,79 @@ Tensor decoder_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>&
   return x.add_(delta);
 }
 
+// The list of weights in order, block by block.
+struct BlockReader {
+  const c10::List<optional<Tensor>>& weights;
+  bool head_norms;
+  keypast::DType norm_dtype = keypast::DType::f32;
+  size_t at = 0;
+
+  void* norm(int64_t size, bool given = true) {
+    const optional<Tensor> weight = weights.get(at++);
+    TORCH_CHECK(weight.has_value() == given, "keypast: blocks must be alike in their norms");
+    if (!given) return nullptr;
+    const bool fits = weight->dim() == 1 && weight->size(0) == size && weight->is_contiguous();
+    TORCH_CHECK(fits, "keypast: a norm's weight must be (", size, ",), not ", weight->sizes());
+    const keypast::DType dtype = type_of(*weight, "a norm's weight");
+    TORCH_CHECK(at == 1 || dtype == norm_dtype, "keypast: blocks must be alike in their norms");
+    norm_dtype = dtype;
+    return weight->data_ptr();
+  }
+
+  keypast::Int8Weight linear(int64_t in, int64_t out) {
+    const optional<Tensor> weight = weights.get(at++), bias = weights.get(at++);
+    const keypast::Int8Weight w = int8_of(weight, bias, in);
+    TORCH_CHECK(out < 0 || w.out == out, "keypast: a linear gives ", w.out, " outputs where ", out, " are needed");
+    return w;
+  }
+
+  keypast::DecoderBlock block(int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim) {
+    keypast::DecoderBlock b{};
+    b.attention_norm = norm(hidden);
+    b.qkv = linear(hidden, (heads + 2 * kv_heads) * head_dim);
+    b.q_norm = norm(head_dim, head_norms);
+    b.k_norm = norm(head_dim, head_norms);
+    b.o_proj = linear(heads * head_dim, hidden);
+    b.feed_forward_norm = norm(hidden);
+    b.gate_up = linear(hidden, -1);
+    b.down_proj = linear(b.gate_up.out / 2, hidden);
+    return b;
+  }
+};
+
+// The same with linears of 8-bit integers: one parallel region from the first norm to the last linear.
+Tensor int8_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>& weights, const Tensor& k_pool,
+                   const Tensor& v_pool, const Tensor& query_start, const Tensor& past_length,
+                   const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
+                   const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, int64_t heads,
+                   double scale, double eps) {
+  const int64_t tokens = embedded.size(0), kv_heads = k_pool.size(2), head_dim = k_pool.size(3);
+  keypast::Decoder d{};
+  d.hidden = embedded.size(1), d.layers = k_pool.size(0), d.eps = static_cast<float>(eps);
+  TORCH_CHECK(weights.size() == per_block * d.layers && d.layers > 0, "keypast: ", weights.size(), " weights for ",
+              d.layers, " layers");
+  BlockReader reader{weights, weights.get(3).has_value()};
+  std::vector<keypast::DecoderBlock> blocks;
+  for (int64_t layer = 0; layer < d.layers; ++layer) {
+    blocks.push_back(reader.block(d.hidden, heads, kv_heads, head_dim));
+    TORCH_CHECK(blocks[layer].gate_up.out == blocks[0].gate_up.out, "keypast: blocks must be alike in their sizes");
+  }
+  d.blocks = blocks.data(), d.inner = blocks[0].down_proj.in, d.norm_dtype = reader.norm_dtype;
+  const auto empty = [&](at::IntArrayRef shape) { return at::empty(shape, embedded.options()); };
+  const Tensor x = embedded.clone(at::MemoryFormat::Contiguous), delta = empty(x.sizes());
+  const Tensor qkv = empty({tokens, heads + 2 * kv_heads, head_dim}), attended = empty({tokens, heads * head_dim});
+  const Tensor q = reader.head_norms ? empty({tokens, heads, head_dim}) : qkv.narrow(1, 0, heads);
+  const Tensor k = reader.head_norms ? empty({tokens, kv_heads, head_dim}) : qkv.narrow(1, heads, kv_heads);
+  const Tensor v = qkv.narrow(1, heads + kv_heads, kv_heads);
+  d.x = x.data_ptr(), d.delta = delta.data_ptr(), d.qkv = qkv.data_ptr();
+  d.attend = attend_of(q, k, v, k_pool.select(0, 0), v_pool.select(0, 0), query_start, past_length, present_length,
+                       block_table, positions, slots, cos, sin, scale, attended);
+  d.k_layer_bytes = k_pool.stride(0) * k_pool.element_size();
+  d.v_layer_bytes = v_pool.stride(0) * v_pool.element_size();
+  keypast::decoder(d, at::get_num_threads());
+  return x.add_(delta);
+}
+
 std::string isa() { return keypast::chosen().name; }
 
 std::vector<std::string> isas() {
@@ -250,6 +361,7 @@ TORCH_LIBRARY(keypast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   m.def("silu_gate(Tensor x) -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def(
       "decoder_blocks(Tensor x, Tensor?[] weights, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor query_start, "
       "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, Tensor? cos, "
@@ -264,6 +376,8 @@ TORCH_LIBRARY_IMPL(keypast, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_gate", silu_gate);
+  m.impl("int8_linear", int8_linear);
+  m.impl("decoder_blocks", int8_blocks);  // but see below
 }
 
 TORCH_LIBRARY_IMPL(keypast, MkldnnCPU, m) { m.impl("decoder_blocks", decoder_blocks); }  // its weights decide that

@@ -80,7 +80,8 @@ def units() -> dict[str, tuple[str, ...]]:
         f"variant-{name}": ("variant.cpp", f"-DKEYPAST_VARIANT={name}", *VARIANT_FLAGS, *flags)
         for name, flags in variants().items()
     }
-    return {"bind": ("bind.cpp", "-std=c++20", abi), "drive": ("drive.cpp", "-std=c++17", abi), **kernels}
+    drivers = {name: (f"{name}.cpp", "-std=c++17", abi) for name in ("drive", "decoder")}
+    return {"bind": ("bind.cpp", "-std=c++20", abi), **drivers, **kernels}
 
 
 def digest() -> str:

@@ -1,23 +1,17 @@
 // Shares work out over threads. Which thread does what never shows in the result: see kChunk.
-#include <omp.h>
-
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "kernels.h"
+#include "drive.h"
 
 namespace keypast {
 
 #if defined(__x86_64__)
 namespace avx512 {
-extern const Variant table;
+extern const Variant table, vnni_table;
 }
 namespace avx2 {
 extern const Variant table;
@@ -35,17 +29,6 @@ constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's sh
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
 
-struct Task {
-  int32_t tile, begin, end;  // chunks [begin, end)
-  int64_t cost;
-};
-
-struct Plan {
-  std::vector<Tile> tiles;
-  std::vector<Task> tasks;
-  int64_t cost = 0, most_rows = 0, partial_floats = 0;
-};
-
 std::vector<const Variant*> find_variants() {
   std::vector<const Variant*> found;
 #if defined(__x86_64__)
@@ -53,6 +36,7 @@ std::vector<const Variant*> find_variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512::vnni_table);
   if (avx2 && avx512) found.push_back(&avx512::table);
   if (avx2) found.push_back(&avx2::table);
 #endif
@@ -66,45 +50,10 @@ std::atomic<const Variant*>& choice() {
   return current;
 }
 
-// One growing buffer per thread and purpose, kept between calls.
-struct Buffer {
-  float* data = nullptr;
-  size_t capacity = 0;
-  ~Buffer() { std::free(data); }
-  float* reserve(size_t floats) {
-    if (floats > capacity) {
-      std::free(data);
-      capacity = (floats + 1023) / 1024 * 1024;
-      data = static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float)));
-      if (!data) capacity = 0, throw std::bad_alloc();
-    }
-    return data;
-  }
-};
 thread_local Buffer scratch_buffer, partial_buffer;
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("keypast::attend: ") + what);
-}
-
-// Every index that memory is reached through.
-void check(const Attend& a) {
-  require(a.query_start[0] == 0 && a.query_start[a.rows] <= a.tokens, "query_start must run from 0 to at most T");
-  require(!a.cos || a.written == a.tokens, "rotary needs a position for each new key: S must be T");
-  for (int64_t s = 0; s < a.written; ++s)
-    require(a.slots[s] >= 0 && a.slots[s] < a.blocks * a.block_size, "a slot is outside the pool");
-  for (int64_t t = 0; a.cos && t < a.tokens; ++t)
-    require(a.positions[t] >= 0 && a.positions[t] < a.rotary_length, "a position is outside the rotary table");
-  for (int64_t r = 0; r < a.rows; ++r) {
-    require(a.query_start[r] <= a.query_start[r + 1], "query_start must not fall");
-    require(a.past_length[r] >= 0 && a.present_length[r] >= 0, "lengths must not be negative");
-    const int64_t used = (a.present_length[r] + a.block_size - 1) / a.block_size;
-    require(used <= a.table_width, "present_length is longer than the block table");
-    const int32_t* table = a.block_table + r * a.table_stride;
-    for (int64_t b = 0; b < used; ++b) require(table[b] >= 0 && table[b] < a.blocks, "a block is outside the pool");
-    const int64_t biases = (a.query_start[r + 1] - a.query_start[r]) * int64_t{a.present_length[r]};
-    require(!a.bias || a.bias_start[r + 1] - a.bias_start[r] == biases, "bias_start does not fit n * present_length");
-  }
 }
 
 void add_tiles(const Attend& a, int64_t row, Plan* plan) {
@@ -139,18 +88,6 @@ void split(const Attend& a, int64_t share, size_t index, Plan* plan) {
     if (i == 0) plan->tasks[index] = part;
     else plan->tasks.push_back(part);
   }
-}
-
-void make_plan(const Attend& a, int threads, Plan* plan) {
-  plan->tiles.clear();
-  plan->tasks.clear();
-  plan->cost = plan->most_rows = plan->partial_floats = 0;
-  for (int64_t row = 0; row < a.rows; ++row) add_tiles(a, row, plan);
-  if (threads == 1 || plan->cost < kSerialCost) return;
-  const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
-  for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
-  const auto costlier = [](const Task& x, const Task& y) { return x.cost > y.cost; };
-  std::stable_sort(plan->tasks.begin(), plan->tasks.end(), costlier);  // the long ones first, so that none ends alone
 }
 
 void run_task(const Attend& a, const Variant& kernels, const Plan& plan, const Task& task, float* scratch,
@@ -192,36 +129,62 @@ bool choose(const char* name) {
   return false;
 }
 
+// Every index that memory is reached through.
+void check(const Attend& a) {
+  require(a.query_start[0] == 0 && a.query_start[a.rows] <= a.tokens, "query_start must run from 0 to at most T");
+  require(!a.cos || a.written == a.tokens, "rotary needs a position for each new key: S must be T");
+  for (int64_t s = 0; s < a.written; ++s)
+    require(a.slots[s] >= 0 && a.slots[s] < a.blocks * a.block_size, "a slot is outside the pool");
+  for (int64_t t = 0; a.cos && t < a.tokens; ++t)
+    require(a.positions[t] >= 0 && a.positions[t] < a.rotary_length, "a position is outside the rotary table");
+  for (int64_t r = 0; r < a.rows; ++r) {
+    require(a.query_start[r] <= a.query_start[r + 1], "query_start must not fall");
+    require(a.past_length[r] >= 0 && a.present_length[r] >= 0, "lengths must not be negative");
+    const int64_t used = (a.present_length[r] + a.block_size - 1) / a.block_size;
+    require(used <= a.table_width, "present_length is longer than the block table");
+    const int32_t* table = a.block_table + r * a.table_stride;
+    for (int64_t b = 0; b < used; ++b) require(table[b] >= 0 && table[b] < a.blocks, "a block is outside the pool");
+    const int64_t biases = (a.query_start[r + 1] - a.query_start[r]) * int64_t{a.present_length[r]};
+    require(!a.bias || a.bias_start[r + 1] - a.bias_start[r] == biases, "bias_start does not fit n * present_length");
+  }
+}
+
+void make_plan(const Attend& a, int threads, Plan* plan) {
+  plan->tiles.clear();
+  plan->tasks.clear();
+  plan->cost = plan->most_rows = plan->partial_floats = 0;
+  for (int64_t row = 0; row < a.rows; ++row) add_tiles(a, row, plan);
+  if (threads == 1 || plan->cost < kSerialCost) return;
+  const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
+  for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
+  const auto costlier = [](const Task& x, const Task& y) { return x.cost > y.cost; };
+  std::stable_sort(plan->tasks.begin(), plan->tasks.end(), costlier);  // the long ones first, so that none ends alone
+}
+
+void attend_together(const Attend& a, const Plan& plan, float* partials, Turns* turns, const Member& me) {
+  const Variant& kernels = chosen();
+  float* scratch = scratch_buffer.reserve(kernels.scratch_size(a, plan.most_rows));
+  kernels.write(a, me.begin(a.written), me.end(a.written), scratch);
+  if (me.index == 0) turns->task = 0, turns->tile = 0, clear_padding(a);
+  me.wait();
+  for (size_t t; (t = turns->task.fetch_add(1)) < plan.tasks.size();)
+    run_task(a, kernels, plan, plan.tasks[t], scratch, partials);
+  if (!plan.partial_floats) return;
+  me.wait();
+  for (size_t t; (t = turns->tile.fetch_add(1)) < plan.tiles.size();)
+    if (plan.tiles[t].partials >= 0) kernels.merge(a, plan.tiles[t], scratch, partials + plan.tiles[t].partials);
+}
+
 void attend(const Attend& a, int threads) {
   check(a);
   static thread_local Plan plan;  // keeps its vectors' memory
   make_plan(a, threads, &plan);
-  const Variant& kernels = chosen();
+  Turns turns;
+  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, nullptr, &turns, Member{0, 1});
+  float* partials = partial_buffer.reserve(plan.partial_floats);
   const Plan& work = plan;
-  const int64_t floats = kernels.scratch_size(a, work.most_rows);
-  clear_padding(a);
-  if (threads == 1 || work.cost < kSerialCost) {
-    float* scratch = scratch_buffer.reserve(floats);
-    kernels.write(a, 0, a.written, scratch);
-    for (const Task& task : work.tasks) run_task(a, kernels, work, task, scratch, nullptr);
-    return;
-  }
-  float* partials = partial_buffer.reserve(work.partial_floats);
-  std::atomic<size_t> next_task{0}, next_tile{0};
 #pragma omp parallel num_threads(threads)
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    float* scratch = scratch_buffer.reserve(floats);
-    kernels.write(a, a.written * i / n, a.written * (i + 1) / n, scratch);
-#pragma omp barrier
-    for (size_t t; (t = next_task.fetch_add(1)) < work.tasks.size();)
-      run_task(a, kernels, work, work.tasks[t], scratch, partials);
-    if (work.partial_floats) {
-#pragma omp barrier
-      for (size_t t; (t = next_tile.fetch_add(1)) < work.tiles.size();)
-        if (work.tiles[t].partials >= 0) kernels.merge(a, work.tiles[t], scratch, partials + work.tiles[t].partials);
-    }
-  }
+  attend_together(a, work, partials, &turns, Member());
 }
 
 void rms_norm(const Norm& a, int threads) {
@@ -232,6 +195,25 @@ void rms_norm(const Norm& a, int threads) {
 void silu_gate(const Gate& a, int threads) {
   const Variant& kernels = chosen();
   share_rows(a.rows, a.width, threads, [&](int64_t begin, int64_t end) { kernels.silu_gate(a, begin, end); });
+}
+
+void multiply_share(const Int8& a, const Member& me) {
+  const int64_t begin = me.begin(a.weight.blocks()), end = me.end(a.weight.blocks());
+  for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
+    chosen().multiply(a, begin, end, row, std::min(a.rows, row + kRowsAtOnce));
+}
+
+void int8_linear(Int8 a, int threads) {
+  const int64_t groups = a.rows * a.weight.groups();
+  a.scales = scratch_buffer.reserve(groups * (1 + kGroup / 2));
+  a.values = reinterpret_cast<int16_t*>(a.scales + groups);
+#pragma omp parallel num_threads(threads)
+  {
+    const Member me;
+    chosen().quantize(a, me.begin(a.rows), me.end(a.rows));
+    me.wait();
+    multiply_share(a, me);
+  }
 }
 
 }  // namespace keypast

@@ -70,6 +70,49 @@ struct Gate {
   int64_t rows, width;  // x rows hold 2 * width
 };
 
+// y = x W^T + b with W as 8-bit integers: each output has one bfloat16 scale for every kGroup inputs. Stored as
+// [blocks of kOutputs outputs][groups]: the block's scales, then [2 halves][kGroup / 2 pairs][16 outputs][2 inputs].
+constexpr int kGroup = 32;
+constexpr int kOutputs = 32;
+constexpr int64_t kGroupBytes = kOutputs * 2 + kOutputs * kGroup;
+
+struct Int8Weight {
+  const int8_t* data;
+  const float* bias;  // (out,)
+  int64_t in, out;
+  int64_t groups() const { return (in + kGroup - 1) / kGroup; }
+  int64_t blocks() const { return (out + kOutputs - 1) / kOutputs; }
+};
+
+struct Int8 {
+  Int8Weight weight;
+  Rows x;       // (rows, in)
+  void* out;    // (rows, out), contiguous
+  DType dtype;  // of x and out
+  int64_t rows;
+  int16_t* values;  // x as integers, (rows, groups, kGroup), zeros behind
+  float* scales;    // (rows, groups)
+};
+
+struct DecoderBlock {  // of sizes that all blocks share
+  void *attention_norm, *q_norm, *k_norm, *feed_forward_norm;  // q_norm and k_norm may be null
+  Int8Weight qkv, o_proj, gate_up, down_proj;
+};
+
+struct Decoder {
+  const DecoderBlock* blocks;
+  void* x;      // (tokens, hidden), the residual stream, in place
+  void* delta;  // (tokens, hidden), what the last block gives and nobody has added
+  void* qkv;    // (tokens, heads + 2 * kv_heads, head_dim)
+  // Over the first layer's pool; each further one lies these many bytes on. It reads q and k in qkv, or with head norms
+  // where those put them, (tokens, heads, head_dim) contiguous.
+  Attend attend;
+  int64_t k_layer_bytes, v_layer_bytes;
+  int64_t layers, hidden, inner;
+  DType norm_dtype;  // of norms' weights
+  float eps;
+};
+
 // The same source compiled for one instruction set.
 struct Variant {
   const char* name;
@@ -82,6 +125,8 @@ struct Variant {
   void (*merge)(const Attend&, const Tile&, float* scratch, const float* partials);
   void (*rms_norm)(const Norm&, int64_t begin, int64_t end);
   void (*silu_gate)(const Gate&, int64_t begin, int64_t end);
+  void (*quantize)(const Int8&, int64_t begin, int64_t end);
+  void (*multiply)(const Int8&, int64_t begin, int64_t end, int64_t first_row, int64_t last_row);
 };
 
 // Variants this machine can run, best first; terminated by null.
@@ -93,5 +138,7 @@ bool choose(const char* name);  // false: no such variant here
 void attend(const Attend& args, int threads);
 void rms_norm(const Norm& args, int threads);
 void silu_gate(const Gate& args, int threads);
+void int8_linear(Int8 args, int threads);  // values and scales are filled in here
+void decoder(const Decoder& args, int threads);
 
 }  // namespace keypast

@@ -114,9 +114,13 @@ KEYPAST_INLINE Lane lane_load(const float* from) {
 }
 
 KEYPAST_INLINE UIntLane widen(const uint16_t* from) {
+#if defined(__AVX512F__)  // the compiler widens each half by itself
+  return (UIntLane)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#else
   ShortLane bits;
   memcpy(&bits, from, sizeof bits);
   return __builtin_convertvector(bits, UIntLane);
+#endif
 }
 
 KEYPAST_INLINE Lane lane_load(const BFloat* from) { return (Lane)(widen(&from->bits) << 16); }
@@ -271,6 +275,21 @@ KEYPAST_INLINE void store(T* to, const Vec& x, int n) {
   T a[kLanes];
   store(a, x);
   memcpy(to, a, n * sizeof(T));
+}
+
+// Calls f with a number of rows, 1 to kMostRows, as a constant.
+constexpr int kMostRows = 6;
+
+template <class F>
+KEYPAST_INLINE void sized(int rows, F f) {
+  switch (rows) {
+    case 1: return f(Constant<1>{});
+    case 2: return f(Constant<2>{});
+    case 3: return f(Constant<3>{});
+    case 4: return f(Constant<4>{});
+    case 5: return f(Constant<5>{});
+    default: return f(Constant<6>{});
+  }
 }
 
 // Calls f with `data` as a pointer to its elements.

@@ -16,6 +16,7 @@ from engine.specs import DTYPE_BYTES, ModelSpec
 from engine.text import Tokenizer
 
 Progress = Callable[[str], None]
+QUANTIZE = ("none", "int8")
 
 
 class Model(Protocol):
@@ -34,6 +35,7 @@ class Model(Protocol):
 class LoadOptions:
     """`dtype` of the weights, "auto": float16 on a GPU, bfloat16 on the CPU (whose float16 products are slow).
     `device` "auto": the GPU if there is one. `kv_dtype` of the past. `cache_dir` keeps what is converted once.
+    `quantize` of a decoder's linears on the CPU, "int8" or "none"; other kinds and embeddings stay as they are.
     `parallel`: this rank's place among those that share the model; None keeps it whole."""
 
     cache_dir: Path
@@ -41,6 +43,7 @@ class LoadOptions:
     kv_dtype: str = "float16"
     device: str = "auto"
     parallel: Parallel | None = None
+    quantize: str = "none"
 
     def resolve(self) -> tuple[str, torch.dtype]:
         """(device, dtype of the weights). Raises InvalidInput."""
@@ -49,6 +52,10 @@ class LoadOptions:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise InvalidInput("device", f"must be auto, cpu or cuda, got {device!r}")
+        if self.quantize not in QUANTIZE:
+            raise InvalidInput("quantize", f"must be one of {', '.join(QUANTIZE)}, got {self.quantize!r}")
+        if self.quantize != "none" and device != "cpu":
+            raise InvalidInput("quantize", f"{self.quantize} is for the CPU, not for {device}: say none, or device cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise InvalidInput("device", "there is no GPU that torch can use; leave it at auto or say cpu")
         name = self.dtype if self.dtype != "auto" else "bfloat16" if device == "cpu" else "float16"

@@ -149,15 +149,16 @@ def test_serve_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
     service.main = lambda: started.append(dict(environment))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "service.__main__", service)
     monkeypatch.setattr("keypast.cli.environ", environment)
-    result = run(
-        "serve", "--port", "9", "--model", "a=b:c=d", "--model", "e=f", "--kv-memory", "4GiB", "--model-parallel", "2"
-    )
+    models_given = ["--model", "a=b:c=d", "--model", "e=f"]
+    others = ["--kv-memory", "4GiB", "--model-parallel", "2", "--quantize", "int8"]
+    result = run("serve", "--port", "9", *models_given, *others)
     assert result.exit_code == 0
     models = json.dumps({"a": "b:c=d", "e": "f"})
     assert started == [
         {
             "KEYPAST_HOST": "0.0.0.0",
             "KEYPAST_PORT": "9",
+            "KEYPAST_QUANTIZE": "int8",
             "KEYPAST_MODELS": models,
             "KEYPAST_KV_MEMORY": "4GiB",
             "KEYPAST_MODEL_PARALLEL": "2",

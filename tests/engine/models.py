@@ -131,6 +131,8 @@ def serve_checkpoint(
     kv_dtype: str = "float32",
     blocks: int = 200,
     token_budget: int = 512,
+    quantize: str = "none",
 ) -> Served:
-    model = load_decoder("tiny", Checkpoint.open(path), device="cpu", dtype=dtype, kv_dtype=kv_dtype)
-    return Served(ModelRunner(model, backend(backend_name), blocks, 16), token_budget)
+    checkpoint, kernels = Checkpoint.open(path), backend(backend_name)
+    model = load_decoder("tiny", checkpoint, device="cpu", dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
+    return Served(ModelRunner(model, kernels, blocks, 16), token_budget)

@@ -88,6 +88,13 @@ def test_packed_low_precision_stays_near_the_whole(pair: Pair, dtype: str) -> No
     assert np.abs(cut - whole).max() < {"bfloat16": 0.05, "float16": 0.005}[dtype] * (whole.max() - whole.min())
 
 
+def test_8_bit_linears_stay_near_the_whole(pair: Pair) -> None:
+    """A cut row's groups of inputs begin at the cut, so that its weights are rounded by other scales."""
+    served = pair("llama-tied-biased", quantize="int8")
+    cut, whole = both(served, lambda one: one.logits(one.open(), list(range(60))).numpy())
+    assert 0 < np.abs(cut - whole).max() < 0.02 * (whole.max() - whole.min())
+
+
 def test_a_cut_decoder_generates_the_same_text(pair: Pair) -> None:
     def act(served: Served) -> list[Any]:
         session = served.open(batch_size=2)

@@ -48,6 +48,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch, text: str, models: dict[str, st
         ("KV_MEMORY", "200%", "95%"),
         ("KV_MEMORY", "1K", "1MiB"),
         ("DTYPE", "int8", "float16"),
+        ("QUANTIZE", "int4", "int8"),
         ("LOG_LEVEL", "loud", "warning"),
         ("DRAIN_SECONDS", "-1", "SIGTERM"),
         ("EVICT", "fifo", "lru"),
