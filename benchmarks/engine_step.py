@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quantize", choices=["none", "int8"], default="none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "keypast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    loaded = load_model("model", options.model, LoadOptions(options.cache, 2 << 30), print)
+    loaded = load_model("model", options.model, LoadOptions(options.cache, 2 << 30, quantize=options.quantize), print)
     engine = Engine([loaded.runner], EngineConfig())
     assert isinstance(loaded.runner.model, torch.nn.Module)
     linears = [
