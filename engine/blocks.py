@@ -55,6 +55,8 @@ class BlockPool:
 
     def take(self, count: int, tenant: str = "") -> list[int] | None:
         """`count` blocks with one holder each, or None: not now."""
+        if not count:
+            return []
         if not self.can_take(count, tenant):
             return None
         taken = [self._clean.pop() for _ in range(count)]

@@ -8,12 +8,13 @@ gets *all* its blocks before its first row runs, so two half-done appends can ne
 from __future__ import annotations
 
 from array import array
+from itertools import chain
 
 from engine.batch import Batch, Row, Work
 from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.session import Sequence, Session, SessionState
-from engine.turns import Turns, is_long
+from engine.turns import Turns
 
 LONG_SHARE = 4  # a long append that is ready has one part in so many of a batch, however many steps there are
 
@@ -72,14 +73,15 @@ class Scheduler:
         rows: list[Row] = []
         short: set[Work] = set()  # of blocks
         budget = self._token_budget
-        order = self._turns.order(self._queue)
-        long = next((work for work in order if is_long(work) and not work.alone and self._is_ready(work)), None)
-        for work in order:
+        first, long = self._turns.order(self._queue)
+        keep, keep_rows = 0, 0  # for a long one, of the budget and of the rows
+        if any(not work.alone and self._is_ready(work) for work in long):
+            keep, keep_rows = max(1, self._token_budget // LONG_SHARE), max(1, self._max_rows // LONG_SHARE)
+        for place, work in enumerate(chain(first, long)):
             if budget <= 0 or len(rows) >= self._max_rows:
                 break
-            keeps = long is not None and not is_long(work)  # a part of the batch for the long one
-            keep = max(1, self._token_budget // LONG_SHARE) if keeps else 0
-            keep_rows = max(1, self._max_rows // LONG_SHARE) if keeps else 0
+            if place == len(first):
+                keep, keep_rows = 0, 0
             if rows and (_runs_alone(work) or _runs_alone(rows[0].work)):
                 continue
             if rows and (budget <= keep or len(rows) + len(work.new) > self._max_rows - keep_rows):
@@ -96,10 +98,8 @@ class Scheduler:
                 budget -= max(row.count, row.queries, 1)
         if not rows:
             return None
-        for work in self._queue:
-            work.passed += work not in short
         batch = Batch(rows)
-        self._turns.ran(batch.works)
+        self._turns.ran(batch.works, [work for work in self._queue if work not in short])
         return batch
 
     def roll_back(self, work: Work) -> None:

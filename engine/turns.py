@@ -25,13 +25,17 @@ class Turns:
     def arrived(self, work: Work) -> None:
         self._served.setdefault(work.session.tenant, self._batch)
 
-    def ran(self, works: Iterable[Work]) -> None:
+    def ran(self, works: Iterable[Work], ready: Iterable[Work]) -> None:
+        """The works of a batch, and all that could have been in it."""
         self._batch += 1
+        for work in ready:
+            work.passed += 1
         for work in works:
             work.passed = 0
             self._served[work.session.tenant] = self._batch
 
-    def order(self, queue: list[Work]) -> list[Work]:
+    def order(self, queue: list[Work]) -> tuple[list[Work], list[Work]]:
+        """Those of 1 and 2, and those of 3."""
         overdue: list[Work] = []
         short: list[Work] = []
         long: list[Work] = []
@@ -39,7 +43,8 @@ class Turns:
             (overdue if work.passed >= PATIENCE else long if is_long(work) else short).append(work)
         here = {work.session.tenant for work in queue}
         self._served = {tenant: batch for tenant, batch in self._served.items() if tenant in here}
-        return [*overdue, *self._in_turn(short), *self._in_turn(long)]
+        short, long = self._in_turn(short), self._in_turn(long)
+        return ([*overdue, *short] if overdue else short), long
 
     def _in_turn(self, works: list[Work]) -> list[Work]:
         by_tenant: dict[str, list[Work]] = {}
@@ -63,5 +68,6 @@ def is_long(work: Work) -> bool:
     """Whether more than a step of it is left. A transfer would wait for ever behind steps if it came after them."""
     if work.transfer is not None:
         return False
-    left = max(new - done for new, done in zip(work.new, work.done, strict=True))
-    return max(left, work.queries or 0) > 1
+    if work.queries is not None and work.queries > 1:
+        return True
+    return any(new - done > 1 for new, done in zip(work.new, work.done, strict=True))
