@@ -6,18 +6,17 @@ import itertools
 
 from engine.session import Session, SessionState
 
-AGAIN = 1.0  # seconds until a running session, which is in use and does not end, is looked at again
-
 
 class Expiry:
     def __init__(self) -> None:
         self._noted: dict[Session, float] = {}
         self._heap: list[tuple[float, int, Session]] = []  # and entries that are not the noted ones any more
+        self._running: set[Session] = set()  # when their time came: looked at each time, until they are idle
         self._numbers = itertools.count()
 
     @property
     def next(self) -> float | None:
-        """When to ask for `due` again, or None."""
+        """When to ask for `due` again, at the latest, or None. Whatever ran and is idle is a reason to ask, too."""
         return self._heap[0][0] if self._heap else None
 
     def watch(self, session: Session) -> None:
@@ -28,24 +27,26 @@ class Expiry:
 
     def forget(self, session: Session) -> None:
         self._noted.pop(session, None)
+        self._running.discard(session)
 
     def due(self, now: float) -> list[Session]:
         """Idle sessions whose end has come. They are the caller's to close; nothing here knows them any more."""
-        found, running = [], []
+        looked, self._running = list(self._running), set()
         while self._heap and self._heap[0][0] <= now:
             at, _, session = heapq.heappop(self._heap)
             if self._noted.get(session) != at:
                 continue
             del self._noted[session]
+            looked.append(session)
+        found = []
+        for session in looked:
             ends = session.expires_at
-            if session.state is SessionState.RUNNING:
-                running.append(session)
-            elif ends is not None and ends <= now:
-                found.append(session)
-            else:
+            if ends is None or ends > now:
                 self.watch(session)
-        for session in running:
-            self._note(session, now + AGAIN)
+            elif session.state is SessionState.RUNNING:
+                self._running.add(session)
+            else:
+                found.append(session)
         return found
 
     def _note(self, session: Session, at: float) -> None:

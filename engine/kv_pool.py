@@ -13,7 +13,7 @@ class KVPool:
     """K (layers, blocks, kv_heads, head_dim, block_size) and V (layers, blocks, kv_heads, block_size, head_dim).
 
     Nothing is written before a session writes it: on the CPU an unused block costs address space and no memory. What a
-    slot held before is never read, so it need not be zero.
+    slot held before is never read; `zero` is there so that nothing of a deleted session is left.
     """
 
     def __init__(self, spec: KVSpec, blocks: int, block_size: int, device: str | torch.device) -> None:

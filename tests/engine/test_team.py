@@ -95,6 +95,18 @@ def test_8_bit_linears_stay_near_the_whole(pair: Pair) -> None:
     assert 0 < np.abs(cut - whole).max() < 0.02 * (whole.max() - whole.min())
 
 
+def test_a_deleted_session_leaves_nothing_on_any_rank(pair: Pair) -> None:
+    served, _ = pair("qwen3", backend="sdpa")
+    session = served.open()
+    served.logits(session, list(range(40)))
+    blocks, lengths = [[1, 2, 3]], [48]
+    assert all(head.any() for array in served.runner.read_past(blocks, lengths).values() for head in array[0])
+    served.engine.delete_session(session)
+    while served.engine.run_once():
+        served.engine.check()
+    assert not any(array.any() for array in served.runner.read_past(blocks, lengths).values())
+
+
 def test_a_cut_decoder_generates_the_same_text(pair: Pair) -> None:
     def act(served: Served) -> list[Any]:
         session = served.open(batch_size=2)

@@ -209,6 +209,8 @@ class Tenants(RuleBasedStateMachine):
                 assert isinstance(error, Refused)
                 assert abs(error.retry_after - wait) < 1e-6
             return
+        rated = quota(tenant).positions_per_minute is not None
+        self.owed[tenant] += n * rated
         fits = self.available(tenant) >= needed
         if not fits and self.evict:
             fits = self.make_room(tenant, needed, session)
@@ -219,15 +221,14 @@ class Tenants(RuleBasedStateMachine):
             used_at, told.used_at = told.used_at, self.clock.now
             self.expire()
             told.used_at = used_at
-            fits = self.available(tenant) >= needed
+            fits = self.available(tenant) >= self.needed(told, n)  # fewer, if who shared its tail has gone
             self.run()
         if not fits:
             assert isinstance(append.future.exception(0), PoolExhausted)
+            self.owed[tenant] = max(0.0, self.owed[tenant] - n * rated)
             self.expire()
             self.run()
             return
-        if quota(tenant).positions_per_minute is not None:
-            self.owed[tenant] += n
         if fails:
             assert isinstance(append.future.exception(0), ModelFailed)
             self.expire()
