@@ -271,6 +271,8 @@ class Memory(RuleBasedStateMachine):
     @rule()
     def the_newest_reply_that_fits_is_always_kept(self) -> None:
         newest = max((done for own in self.done for done in own), key=lambda done: done.number)
+        if newest.number != self.count:
+            return  # a newer one went with its session, and may have pushed this one out before
         at = next(at for at, own in enumerate(self.done) if newest in own)
         if newest.once.key is not None and newest.fits:
             found = self.known.find(self.sessions[at], Once(newest.once.digest, newest.once.key))
