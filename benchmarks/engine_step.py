@@ -9,20 +9,18 @@ that read plus their arithmetic. What is above 1.0 is attention, norms, rotary, 
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.peers.compare import median_ms
+from benchmarks.peers.ours import run
 from engine.batch import Append, Sample, Want
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.layers import Linear
 from engine.loading import LoadOptions, load_model
-
-STEPS = 20  # per round
 
 
 def main() -> None:
@@ -67,9 +65,7 @@ def measure(engine: Engine, linears: list[Linear], sessions: int, context: int, 
 def prefilled(engine: Engine, context: int) -> str:
     session = engine.create_session("model").id
     tokens = np.random.default_rng(0).integers(0, 40000, (1, context))
-    engine.submit(Append(session, {"token_ids": tokens}))
-    while engine.run_once():
-        pass
+    run(engine, [Append(session, {"token_ids": tokens})])
     return session
 
 
@@ -78,11 +74,7 @@ def step(engine: Engine, sessions: list[str]) -> None:
     appends = [
         Append(session, {"token_ids": np.array([[7]])}, step=True, want=Want(sample=Sample())) for session in sessions
     ]
-    for append in appends:
-        engine.submit(append)
-    engine.run_once()
-    for append in appends:
-        append.future.result(0)
+    run(engine, appends)
 
 
 @torch.inference_mode()
@@ -90,15 +82,6 @@ def pass_linears(linears: list[Linear], rows: int) -> None:
     inputs = {linear.in_features: torch.ones(rows, linear.in_features, dtype=torch.bfloat16) for linear in linears}
     for linear in linears:
         linear(inputs[linear.in_features])
-
-
-def median_ms(run: Callable[[], None]) -> float:
-    times = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

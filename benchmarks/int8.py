@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.engine_step import median_ms, prefilled, step
+from benchmarks.engine_step import prefilled, step
+from benchmarks.peers.compare import median_ms
 from engine.batch import Append, Want
 from engine.checkpoints.gguf import convert, default_model
 from engine.config import EngineConfig

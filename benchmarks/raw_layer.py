@@ -12,8 +12,6 @@ without any service around them, on the same weights. Bound: reading the past's 
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers.compare import HEADER, Pairs, interleave, report
+from benchmarks.peers.compare import HEADER, Pairs, interleave, median_ms, report
+from benchmarks.peers.ours import run
 from engine.batch import Append
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -101,19 +100,11 @@ class Ours:
         for start in range(0, context, 512):
             n = min(512, context - start)
             mask = np.tri(n, start + n, start, dtype=np.uint8)[None]
-            self.run([Append(session, {**self._inputs(n), "attention_mask": mask})])
+            run(self.engine, [Append(session, {**self._inputs(n), "attention_mask": mask})])
         return session
 
     def step(self, sessions: list[str]) -> None:
-        self.run([Append(session, self._inputs(1), step=True) for session in sessions])
-
-    def run(self, appends: list[Append]) -> None:
-        for append in appends:
-            self.engine.submit(append)
-        while self.engine.run_once():
-            pass
-        for append in appends:
-            append.future.result(0)
+        run(self.engine, [Append(session, self._inputs(1), step=True) for session in sessions])
 
     def _inputs(self, n: int) -> dict[str, np.ndarray]:
         return {name: np.ones((1, n, HIDDEN), np.float32) for name in ("query", "key", "value")}
@@ -147,8 +138,8 @@ def against(ours: Ours, session: str, peer: Peer, dtype: torch.dtype, rounds: in
             continue  # minutes a call
         goal = GOALS.get((peer.context, name))
         pairs = Pairs(f"step at {peer.context}", f"{name} {short}", "ms", "less", goal)
-        theirs = partial(timed, step, 1 if name == "recompute" else 20)
-        results.append(interleave(pairs, lambda: timed(lambda: ours.step([session]), 20), theirs, rounds))
+        theirs = partial(median_ms, step, 1 if name == "recompute" else 20)
+        results.append(interleave(pairs, lambda: median_ms(lambda: ours.step([session]), 20), theirs, rounds))
     return results
 
 
@@ -160,17 +151,7 @@ def together(ours: Ours, rounds: int, sessions: int = 32, context: int = 1024) -
         for session in ids:
             ours.step([session])
 
-    return interleave(pairs, lambda: timed(lambda: ours.step(ids), 10), lambda: timed(apart, 3), rounds)
-
-
-def timed(run: Callable[[], object], repeats: int) -> float:
-    """Median ms of a call."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
+    return interleave(pairs, lambda: median_ms(lambda: ours.step(ids), 10), lambda: median_ms(apart, 3), rounds)
 
 
 if __name__ == "__main__":

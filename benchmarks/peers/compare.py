@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -60,6 +61,16 @@ def interleave(pairs: Pairs, ours: Callable[[], float], theirs: Callable[[], flo
             pairs.add(ours(), theirs())
     print(pairs.row(), flush=True)
     return pairs
+
+
+def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
+    """Median ms of a call."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
 
 
 def report(benchmark: str, results: list[Pairs], versions: dict[str, str], save: bool) -> None:

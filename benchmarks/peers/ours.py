@@ -15,6 +15,16 @@ from engine.loading import LoadOptions, load_model
 STEPS = 40
 
 
+def run(engine: Engine, appends: list[Append]) -> None:
+    """All of them, to the end. Raises what one of them ended with."""
+    for append in appends:
+        engine.submit(append)
+    while engine.run_once():
+        pass
+    for append in appends:
+        append.future.result(0)
+
+
 class OurEngine:
     def __init__(self, model: str = "default", dtype: str = "auto", kv_memory: int = 3 << 30) -> None:
         cache = Path.home() / ".cache" / "keypast"
@@ -34,30 +44,27 @@ class OurEngine:
         for seed in range(3):
             session = self.engine.create_session("model").id
             started = time.perf_counter()
-            self.run([Append(session, {"token_ids": np.array([prompt(seed, length)])}, want=Want(sample=Sample()))])
+            run(
+                self.engine,
+                [Append(session, {"token_ids": np.array([prompt(seed, length)])}, want=Want(sample=Sample()))],
+            )
             seconds.append(time.perf_counter() - started)
             self.delete([session])
         return length / statistics.median(seconds)
 
     def session(self, tokens: list[int]) -> str:
         session = self.engine.create_session("model").id
-        self.run([Append(session, {"token_ids": np.array([tokens])})])
+        run(self.engine, [Append(session, {"token_ids": np.array([tokens])})])
         return session
 
     def step(self, sessions: list[str]) -> float:
         """ms."""
         started = time.perf_counter()
         want = Want(sample=Sample())
-        self.run([Append(session, {"token_ids": np.array([[7]])}, step=True, want=want) for session in sessions])
+        run(
+            self.engine, [Append(session, {"token_ids": np.array([[7]])}, step=True, want=want) for session in sessions]
+        )
         return (time.perf_counter() - started) * 1e3
-
-    def run(self, appends: list[Append]) -> None:
-        for append in appends:
-            self.engine.submit(append)
-        while self.engine.run_once():
-            pass
-        for append in appends:
-            append.future.result(0)
 
     def delete(self, sessions: list[str]) -> None:
         for session in sessions:
