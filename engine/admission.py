@@ -48,6 +48,7 @@ def check_want(spec: ModelSpec, want: Want) -> None:
     asked = {
         "logits": want.logits != "none",
         "top_logprobs": want.top_logprobs != 0,
+        "token_logprobs": want.token_logprobs,
         "sample": want.sample is not None,
         "need_weights": want.need_weights,
     }

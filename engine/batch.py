@@ -67,6 +67,7 @@ class Want:
 
     logits: Literal["none", "last", "all"] = "none"
     top_logprobs: int = 0
+    token_logprobs: bool = False  # of the tokens given
     sample: Sample | None = None
     logprob: bool = False  # of the token drawn
     need_weights: bool = False
@@ -294,7 +295,10 @@ class Row:
     `queries`: as many (a decoder's positions ask), or all that the work has.
 
     `table` and `history` are as they were when the batch was scheduled; nobody else changes them meanwhile.
-    `last`: this chunk completes the row. A peek has start = stop = past; `replay`: it has no query and no tail.
+    `last`: this chunk completes the row. A peek has start = stop = past.
+
+    `replay`: the last position of the past is computed again, before those of the chunk. A peek without queries needs
+    it, and so does who asks for the log-probability of the first token given, where the past has no tail.
     """
 
     work: Work
@@ -313,7 +317,10 @@ class Row:
 
     @property
     def replay(self) -> bool:
-        return self.count == self.queries == 0 and self.tail is None
+        if self.tail is not None or self.start == 0:
+            return False
+        begins = self.start == self.work.past_length[self.index]
+        return self.count == self.queries == 0 or (self.work.want.token_logprobs and begins)
 
     def appended(self, name: str) -> Array:
         """This chunk of a named input whose positions join the past, (count, ...); padding is left out."""

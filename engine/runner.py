@@ -152,7 +152,7 @@ class ModelRunner:
         return self._tensor(table), self._tensor(valid)
 
     def _attention(self, rows: list[Row]) -> dict[str, Array]:
-        """A replayed position stands at stop - 1 and sees what is there. Its K and V go to the null block, and so do
+        """A replayed position stands at start - 1 and sees what is there. Its K and V go to the null block, and so do
         those of padding, which a model whose queries stand at the positions appended brings for each of them."""
         past = [row.start - int(row.replay) for row in rows]
         present = [row.stop for row in rows]
@@ -171,8 +171,8 @@ class ModelRunner:
             )
             new = np.arange(row.start, row.stop)
             blocks = tables[index, new // self._block_size]
-            slots[at : at + row.count] = blocks * self._block_size + new % self._block_size
             at += keys[index]
+            slots[at - row.count : at] = blocks * self._block_size + new % self._block_size
         np.minimum(positions, self.spec.max_length - 1, out=positions)  # padding may reach beyond, tables do not
         inputs: dict[str, Array] = {
             "query_start": query_start,
@@ -200,12 +200,15 @@ class ModelRunner:
 
     def _input(self, row: Row, tensor: TensorSpec) -> Array | None:
         """This row's part of an input, or None: it brings nothing on that axis."""
+        parts = []
         if row.replay and row.history is not None and tensor.name == self.spec.history:
-            return np.array(row.history[-1:], dtype=np.int64)
-        if tensor.name not in row.work.inputs:
+            parts.append(np.array(row.history[-1:], dtype=np.int64))
+        if tensor.name in row.work.inputs:
+            asks = tensor.axis == "n" or self.spec.aligned
+            parts.append(row.asked(tensor.name) if asks else row.appended(tensor.name))
+        if not parts:
             return None
-        asks = tensor.axis == "n" or self.spec.aligned
-        return row.asked(tensor.name) if asks else row.appended(tensor.name)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _starts(self, rows: list[Row]) -> list[int]:
         """Where each row's queries begin in the packed axis."""

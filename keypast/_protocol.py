@@ -180,6 +180,7 @@ class AppendResult:
     next_token: list[int | None] | None = None
     text: list[str] | None = None
     top_logprobs: list[list[schemas.TopLogprob]] | None = None
+    token_logprobs: list[list[float | None]] | None = None  # of the tokens given
     replayed: bool = False  # done before, by the same key or version: this is the first reply again
 
 
@@ -253,6 +254,7 @@ def append_result(reply: schemas.AppendReply, arrays: Mapping[str, Array], *, re
         next_token=outputs.next_token,
         text=outputs.text,
         top_logprobs=outputs.top_logprobs,
+        token_logprobs=outputs.token_logprobs,
         replayed=replayed,
     )
 

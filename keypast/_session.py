@@ -53,6 +53,7 @@ class AppendInputs(Change, total=False):
     batch_valid_length: list[int] | ArrayLike
     logits: str
     top_logprobs: int
+    token_logprobs: bool
     sample: SampleOptions | dict[str, Any]
 
 

@@ -186,6 +186,7 @@ class AppendRequest(Request):
     )
     logits: Literal["none", "last", "all"] = "none"
     top_logprobs: int = Field(default=0, ge=0, le=256, description="the k likeliest tokens after the last position")
+    token_logprobs: bool = Field(default=False, description="the log-probability of each token given")
     sample: SampleOptions | None = Field(default=None, description="choose `next_token`; it is not appended")
     need_weights: bool = False
     average_attn_weights: bool = Field(default=True, description="over the heads: (B, n, T + E), else (B, N, n, T + E)")
@@ -410,6 +411,11 @@ class Outputs(Reply):
     )
     logits: TensorBody | None = Field(default=None, description="(B, V) for last, (B, n, V) for all")
     top_logprobs: list[list[TopLogprob]] | None = Field(default=None, description="(B, k), the likeliest first")
+    token_logprobs: list[list[float | None]] | None = Field(
+        default=None,
+        description="of each token given, after the tokens before it; a list a row, as long as what the row appended;"
+        " null for the first position of a session, which nothing foretells",
+    )
     next_token: list[int | None] | None = Field(
         default=None, description="(B,), not appended: step with it; null for a row that appended nothing"
     )

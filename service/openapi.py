@@ -29,7 +29,7 @@ _MEANINGS = {
     500: "The model failed; the session is as before.",
     503: "Loading, draining or down; try again after `Retry-After`. Nothing was done.",
 }
-_APPEND_OPTIONS = ("logits", "top_logprobs", "sample", "need_weights", "average_attn_weights")
+_APPEND_OPTIONS = ("logits", "top_logprobs", "token_logprobs", "sample", "need_weights", "average_attn_weights")
 
 IF_MATCH = {
     "name": "If-Match",

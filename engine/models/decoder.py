@@ -6,12 +6,14 @@ from torch import Tensor, nn
 
 from engine.attention.base import PackedBlocks, Rotary
 from engine.attention.view import PagedView
-from engine.batch import Row, RowResult
+from engine.batch import Array, Row, RowResult
 from engine.checkpoints.config import DecoderConfig
 from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHeadAttention, RMSNorm
 from engine.parallel import Parallel
 from engine.sampling import draw
 from engine.specs import KVSpec, ModelSpec, TensorSpec
+
+HEAD_POSITIONS = 64  # whose logits are held at a time, where nobody wants to see them
 
 
 def decoder_spec(
@@ -25,6 +27,7 @@ def decoder_spec(
         outputs=(
             TensorSpec("logits", ("float32",), (vocab_size,), required=False),
             TensorSpec("top_logprobs", ("float32",), required=False),
+            TensorSpec("token_logprobs", ("float32",), required=False),
             TensorSpec("next_token", ("int64",), required=False),
         ),
         kv=KVSpec(config.layers, config.kv_heads, config.head_dim, kv_dtype),
@@ -93,7 +96,7 @@ class DecoderModel(nn.Module):
 
     def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
         """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
-        ends = [start + max(row.count, int(row.replay)) for row, start in zip(rows, starts, strict=True)]
+        ends = [start + row.count + int(row.replay) for row, start in zip(rows, starts, strict=True)]
         tails = torch.stack(
             [row.tail if end == start else hidden[end - 1] for row, start, end in zip(rows, starts, ends, strict=True)]
         )
@@ -102,10 +105,29 @@ class DecoderModel(nn.Module):
         if wanting:
             logits = self._logits(tails if len(wanting) == len(rows) else tails[wanting], kv)
             self._last_outputs(logits, [rows[index] for index in wanting], [results[index] for index in wanting])
-        for row, start, result in zip(rows, starts, results, strict=True):
+        for row, start, end, result in zip(rows, starts, ends, results, strict=True):
             if row.work.want.logits == "all" and row.count:
-                result.positions["logits"] = self._logits(hidden[start : start + row.count], kv).cpu().numpy()
+                result.positions["logits"] = self._logits(hidden[end - row.count : end], kv).cpu().numpy()
+            if row.work.want.token_logprobs:
+                result.positions["token_logprobs"] = self._token_logprobs(hidden[start:end], row, kv)
         return results
+
+    def _token_logprobs(self, hidden: Tensor, row: Row, kv: PagedView) -> Array:
+        """Of the tokens given after the row's positions, float32: a chunk tells of the first of the next one, and of
+        its own first only when it begins. Nothing foretells the first of an empty past: NaN."""
+        done = row.start - row.work.past_length[row.index]
+        end = min(done + row.count + 1, row.work.new[row.index])
+        given = torch.from_numpy(row.work.inputs["token_ids"][row.index, done + (done > 0) : end]).to(hidden.device)
+        logprobs = torch.full((len(given),), torch.nan)
+        if done == 0 and row.tail is not None:
+            hidden = torch.cat([row.tail[None], hidden])
+        first = int(row.start == 0)
+        for at in range(first, len(given), HEAD_POSITIONS):
+            tokens = given[at : at + HEAD_POSITIONS].long()
+            logits = self._logits(hidden[at - first :][: len(tokens)], kv)
+            logprobs[at : at + len(tokens)] = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        told: Array = logprobs.numpy()
+        return told
 
     def _logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
         """hidden (R, H) -> float32 (R, V)."""

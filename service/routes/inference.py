@@ -1,6 +1,7 @@
 """Prefill, step and score: parse, submit, reply. One path for every kind of model."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -123,6 +124,7 @@ def append_of(
     want = Want(
         logits=asked.logits,
         top_logprobs=asked.top_logprobs,
+        token_logprobs=asked.token_logprobs,
         sample=None if asked.sample is None else sampling(asked.sample),
         need_weights=asked.need_weights,
         average_attn_weights=asked.average_attn_weights,
@@ -148,6 +150,7 @@ def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
 def reply_of(result: AppendResult, text: TextModel | None) -> tuple[AppendReply, dict[str, Array]]:
     """And its arrays by name."""
     arrays = {name: value for name, value in result.outputs.items() if isinstance(value, np.ndarray)}
+    arrays.pop("token_logprobs", None)  # told as lists, of which one may be shorter and begin with null
     reply = AppendReply(
         outputs=_outputs(result, text),
         past_length=result.past_length,
@@ -178,4 +181,16 @@ def _outputs(result: AppendResult, text: TextModel | None) -> Outputs:
             [TopLogprob(token_id=token, logprob=logprob, text=spoken(token)) for token, logprob in row or []]
             for row in likeliest
         ],
+        token_logprobs=_token_logprobs(result),
     )
+
+
+def _token_logprobs(result: AppendResult) -> list[list[float | None]] | None:
+    told: Array | None = result.outputs.get("token_logprobs")
+    if told is None:
+        return None
+    new = [after - before for before, after in zip(result.past_length, result.valid_length, strict=True)]
+    return [
+        [None if math.isnan(logprob) else logprob for logprob in row[:count].tolist()]
+        for row, count in zip(told, new, strict=True)
+    ]

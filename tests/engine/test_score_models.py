@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Generate, Want
+from engine.batch import Append, Generate, Truncate, Want
 from engine.models import build
 from engine.models.base import LoadOptions
 from engine.runner import ModelRunner
@@ -95,6 +95,78 @@ def test_the_logits_are_those_of_the_whole_text(llama: Path) -> None:
     score = served.tokens(session, tokens[PAST:], want=Want(logits="all"), keep=False)
     expected = reference_logits(reference_model("llama"), tokens)[PAST:]
     torch.testing.assert_close(torch.from_numpy(score.outputs["logits"][0]), expected, atol=1e-3, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def foretold(llama: Path) -> tuple[list[int], np.ndarray]:
+    """A text of 60 ids and the log-probability of each but the first, by transformers over the whole of it."""
+    tokens = words(60, 0)["token_ids"][0].tolist()
+    logprobs = torch.log_softmax(reference_logits(reference_model("llama"), tokens), -1)
+    told = logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    return tokens, np.concatenate([[np.nan], told.numpy()])
+
+
+@pytest.mark.parametrize("backend_name", ["sdpa", "cpu"])
+@pytest.mark.parametrize("budget", [7, 512])
+def test_log_probabilities_of_the_tokens_given(
+    llama: Path, foretold: tuple[list[int], np.ndarray], budget: int, backend_name: str
+) -> None:
+    """By score, by prefill and by step; from nothing, from a tail, and from a past that was cut back and has none."""
+    served = serve_checkpoint(llama, token_budget=budget, backend_name=backend_name)
+    tokens, expected = foretold
+    want = Want(token_logprobs=True)
+
+    def close(result: Any, start: int, stop: int) -> None:
+        told = result.outputs["token_logprobs"]
+        assert (told.shape, told.dtype) == ((1, stop - start), np.float32)
+        np.testing.assert_allclose(told[0], expected[start:stop], atol=2e-3)
+
+    session = served.open()
+    close(served.tokens(session, tokens, want=want, keep=False), 0, 60)
+    close(served.tokens(session, tokens[:1], want=want), 0, 1)
+    close(served.tokens(session, tokens[1:PAST], want=want), 1, PAST)
+    close(served.tokens(session, tokens[PAST : PAST + 1], want=want, step=True), PAST, PAST + 1)
+    served.finish(Truncate(session, PAST - 4))
+    score = served.tokens(session, tokens[PAST - 4 :], want=want, keep=False)
+    close(score, PAST - 4, 60)
+    assert (score.effort.computed, score.effort.reused) == ([60 - PAST + 5], [PAST - 5])
+    step = served.tokens(session, tokens[PAST - 4 : PAST - 3], want=want, step=True)
+    close(step, PAST - 4, PAST - 3)
+    (child,) = served.engine.fork(session, at=16)
+    close(served.tokens(child.id, tokens[16:], want=Want(token_logprobs=True, logits="all")), 16, 60)
+    assert np.isfinite(served.tokens(session, tokens[PAST - 3 :], want=want).outputs["token_logprobs"]).all()
+
+
+def test_asking_for_log_probabilities_changes_nothing_else(llama: Path) -> None:
+    """Not the logits either, whose row has one position more when its past has no tail."""
+    served = serve_checkpoint(llama, token_budget=16)
+    tokens = words(60, 0)["token_ids"][0].tolist()
+    told = []
+    for want in (Want(logits="all"), Want(logits="all", token_logprobs=True)):
+        session = served.open()
+        served.tokens(session, tokens[:40])
+        served.finish(Truncate(session, PAST))
+        logits = torch.from_numpy(served.tokens(session, tokens[PAST:], want=want).outputs["logits"][0])
+        told.append(torch.cat([logits, served.logits(session, [5])]))
+    torch.testing.assert_close(told[0], told[1], atol=1e-4, rtol=0)
+
+
+def test_rows_of_different_lengths_and_ends_have_log_probabilities_each(
+    llama: Path, foretold: tuple[list[int], np.ndarray]
+) -> None:
+    """Two rows of one session beside another session that asks for none: each as alone."""
+    served = serve_checkpoint(llama, token_budget=9)
+    tokens, expected = foretold
+    ragged = served.open(batch_size=2)
+    served.tokens(ragged, tokens[:20], tokens[:20], batch_valid_length=[20, 0])
+    rows = np.array([tokens[20:32], tokens[:12]])
+    append = Append(ragged, {"token_ids": rows}, batch_valid_length=[25, 12], want=Want(token_logprobs=True))
+    mate = Append(served.open(), {"token_ids": rows[:1]}, want=Want(logits="last"))
+    served.engine.submit(mate)
+    told = served.finish(append).outputs["token_logprobs"]
+    np.testing.assert_allclose(told[0, :5], expected[20:25], atol=2e-3)
+    np.testing.assert_allclose(told[1], expected[:12], atol=2e-3)
+    assert mate.future.result(0).outputs.keys() == {"logits"}
 
 
 def test_a_generation_goes_on_from_the_past_alone(llama: Path) -> None:

@@ -101,6 +101,7 @@ class FakeDecoder(FakeRunner):
                 outputs=(
                     TensorSpec("logits", ("float32",), (VOCABULARY,), required=False),
                     TensorSpec("top_logprobs", ("float32",), required=False),
+                    TensorSpec("token_logprobs", ("float32",), required=False),
                     TensorSpec("next_token", ("int64",), required=False),
                 ),
                 kv=KVSpec(1, 1, 8, kv_dtype),
@@ -131,6 +132,8 @@ class FakeDecoder(FakeRunner):
         want, result = row.work.want, RowResult(tail=last if row.last else None)
         if want.logits == "all":
             result.positions["logits"] = np.stack([self.logits(token) for token in tokens])
+        if want.token_logprobs:
+            result.positions["token_logprobs"] = self.foretold(row, tokens)
         if row.last and want.logits == "last":
             result.once["logits"] = self.logits(last)[None]
         if row.last and want.top_logprobs:
@@ -141,6 +144,15 @@ class FakeDecoder(FakeRunner):
         if row.last and want.logprob:
             result.once.update(logprob=-0.5)
         return result
+
+    def foretold(self, row: Row, tokens: list[int]) -> Array:
+        """0.0 for a token that comes next, -1.0 for another, NaN for the first of all."""
+        given = row.work.inputs["token_ids"][row.index].tolist()
+        done = row.start - row.work.past_length[row.index]
+        before = [*(row.history or []), *given][row.start - 1 : row.stop - 1] if row.start else [None, *tokens[:-1]]
+        assert given[done : done + len(tokens)] == tokens
+        told = [np.nan if one is None else -float(self.next(one) != t) for one, t in zip(before, tokens, strict=True)]
+        return np.array(told, dtype=np.float32)
 
     def numbers(self, row: Row) -> list[float]:
         return list(map(float, row.appended("token_ids")))

@@ -1,6 +1,7 @@
 """A dry run over HTTP: a prefill's answer, and a session that is as before."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -46,6 +47,38 @@ async def test_safetensors_and_an_empty_session(running: Running, kind: Kind) ->
     }
     assert (scored.metadata["version"], prefilled.metadata["version"]) == ("0", "1")
     assert before[0][0][1] == [0]
+
+
+@pytest.mark.parametrize("binary", [False, True])
+async def test_log_probabilities_of_the_tokens_given(running: Running, binary: bool) -> None:
+    """The fake says 0 for the letter that comes next, and -1 for another."""
+    path = f"/v1/sessions/{await running.session('letters', batch_size=2)}"
+    accept = {"accept": SAFETENSORS_TYPE} if binary else {}
+
+    async def told(verb: str, **body: Any) -> Any:
+        body |= {"token_logprobs": True}
+        reply = await running.client.post(f"{path}/{verb}", json=body, headers=accept)
+        assert reply.status_code == 200, reply.text
+        if not binary:
+            return reply.json()["outputs"]["token_logprobs"]
+        arrays, metadata = load_tensors(reply.content)
+        assert arrays == {}
+        return json.loads(metadata["token_logprobs"])
+
+    assert await told("score", text=["abcx", "mn"]) == [[None, 0, 0, -1], [None, 0]]
+    assert await told("prefill", text=["abcx", "mn"]) == [[None, 0, 0, -1], [None, 0]]
+    assert await told("score", text=["yz", "mno"]) == [[0, 0], [-1, 0, 0]]
+    assert await told("step", text=["y", "x"]) == [[0], [-1]]
+    await running.client.post(f"{path}/truncate", json={"length": [4, 1]})
+    body = {"token_ids": [[121, 0], [110, 111]], "batch_valid_length": [4, 3]}
+    assert await told("score", **body) == [[], [0, 0]]
+
+
+async def test_an_attention_layer_has_no_log_probabilities(running: Running) -> None:
+    kind = KINDS["attention"]
+    path = f"/v1/sessions/{await running.prefilled(kind, 5)}"
+    reply = await running.client.post(f"{path}/score", json=kind.json(1, 5, token_logprobs=True))
+    assert (reply.status_code, reply.json()["field"]) == (422, "token_logprobs")
 
 
 async def test_a_refused_or_failed_score_changes_nothing(running: Running, kind: Kind) -> None:
