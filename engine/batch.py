@@ -146,7 +146,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
-    """`stopped_by`: the token for which `stop` ended the row, which was drawn and not appended."""
+    """`stopped_by`: the token for which `stop` ended the row, which was drawn and not appended. `error`: what ended it
+    before its time."""
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
@@ -158,6 +159,7 @@ class GenerateResult:
     compute_ms: float
     stopped_by: list[int | None]
     effort: Effort
+    error: BaseException | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -430,7 +430,7 @@ class Engine(Books):
             if error is None:
                 self._done(operation, session, generation.result(), generation.began_at)
             else:
-                operation.partial = generation.partial()
+                operation.partial = generation.partial(error)
                 if operation.partial is not None:
                     self._replays.remember(session, operation.once, operation.partial, generation.began_at)
                 reject(self._pop(session), error)

@@ -107,9 +107,9 @@ class Generation:
             effort=replace(began, computed=computed),
         )
 
-    def partial(self) -> GenerateResult | None:
+    def partial(self, error: BaseException) -> GenerateResult | None:
         """The result of one that fails now; None when it has appended nothing."""
-        return self.result("cancelled") if any(self._tokens) else None
+        return replace(self.result("cancelled"), error=_bare(error)) if any(self._tokens) else None
 
     def _stops(self, row: int, token: int) -> bool:
         stop = self.operation.stop
@@ -122,6 +122,13 @@ class Generation:
 
     def _is_full(self, row: int, more: int = 0) -> bool:
         return self._session.sequences[row].length + more >= self._session.max_length
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The same without what it was raised from and through: a result that is remembered keeps nothing else alive."""
+    bare = type(error).__new__(type(error), *error.args)
+    vars(bare).update(vars(error))
+    return bare
 
 
 def commits(result: GenerateResult) -> Iterator[TokenEvent]:

@@ -33,7 +33,7 @@ HELP = {
 }
 FINISHED = {
     "length": "[cut: --max-tokens, or the session's max_length, is reached]",
-    "cancelled": "[cut: the service is stopping]",
+    "cancelled": "[cut by the service]",
 }
 
 

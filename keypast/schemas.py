@@ -273,6 +273,53 @@ class TruncateRequest(Request):
 # ---- replies --------------------------------------------------------------------------------------------------------
 
 
+class ErrorBody(Reply):
+    """The OpenAI error object, so that its clients read our problems."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Problem(Reply):
+    """RFC 9457 `application/problem+json`. `code` is one of `Code`; members that do not apply are left out."""
+
+    model_config = _with(
+        Reply.model_config,
+        {
+            "type": "about:blank",
+            "title": "Precondition Failed",
+            "status": 412,
+            "detail": "the session is at version 3, not 2",
+            "instance": "/v1/sessions/a/step",
+            "code": "moved",
+            "version": 3,
+            "valid_length": [7],
+            "request_id": "r-1",
+            "error": {
+                "message": "the session is at version 3, not 2",
+                "type": "invalid_request_error",
+                "code": "moved",
+            },
+        },
+    )
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    code: str
+    field: str | None = Field(default=None, description="the input that is wrong")
+    reason: str | None = Field(default=None, description="why the session is gone: deleted, expired or evicted")
+    version: int | None = None
+    valid_length: list[int] | None = None
+    retry_after: float | None = Field(default=None, description="seconds; the Retry-After header rounded up")
+    request_id: str | None = None
+    error: ErrorBody
+
+
 class SessionView(Reply):
     """A session as its owner sees it. `bytes` and `blocks` count what it holds, shared blocks included."""
 
@@ -450,7 +497,7 @@ class Generated(Reply):
     logprobs: list[list[float]] | None = None
 
 
-# its end-of-sequence token or a stop text; max_tokens or max_length; the service stopped first
+# its end-of-sequence token or a stop text; max_tokens or max_length; something else came first: see `problem`
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -472,6 +519,11 @@ class GenerateReply(Appended):
 
     outputs: Generated
     finish_reason: list[FinishReason]
+    problem: Problem | None = Field(
+        default=None,
+        description="what ended it before its time, as no memory that came free; the tokens above are appended, so go"
+        " on from there: the same request again would append others after them",
+    )
     _replayed: bool = PrivateAttr(default=False)
 
     @property
@@ -495,6 +547,7 @@ class StreamEnd(Appended):
 
     finish_reason: list[FinishReason]
     text: list[str] | None = None
+    problem: Problem | None = Field(default=None, description="of a stream that is told again: what ended it")
 
 
 class TensorInfo(Reply):
@@ -604,53 +657,6 @@ class Health(Reply):
 
 class Version(Reply):
     version: str
-
-
-class ErrorBody(Reply):
-    """The OpenAI error object, so that its clients read our problems."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class Problem(Reply):
-    """RFC 9457 `application/problem+json`. `code` is one of `Code`; members that do not apply are left out."""
-
-    model_config = _with(
-        Reply.model_config,
-        {
-            "type": "about:blank",
-            "title": "Precondition Failed",
-            "status": 412,
-            "detail": "the session is at version 3, not 2",
-            "instance": "/v1/sessions/a/step",
-            "code": "moved",
-            "version": 3,
-            "valid_length": [7],
-            "request_id": "r-1",
-            "error": {
-                "message": "the session is at version 3, not 2",
-                "type": "invalid_request_error",
-                "code": "moved",
-            },
-        },
-    )
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-    instance: str | None = None
-    code: str
-    field: str | None = Field(default=None, description="the input that is wrong")
-    reason: str | None = Field(default=None, description="why the session is gone: deleted, expired or evicted")
-    version: int | None = None
-    valid_length: list[int] | None = None
-    retry_after: float | None = Field(default=None, description="seconds; the Retry-After header rounded up")
-    request_id: str | None = None
-    error: ErrorBody
 
 
 class BatchOutcome(Reply):

@@ -69,7 +69,7 @@ ENGINE_ERRORS: dict[type[EngineError], tuple[HTTPStatus, Code]] = {
 _HTTP_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
 
 
-def problem_of(error: Exception, path: str | None = None, request_id: str | None = None) -> Problem:
+def problem_of(error: BaseException, path: str | None = None, request_id: str | None = None) -> Problem:
     """The problem that tells of an error; an error nobody foresaw is told of without a word of what it says."""
     status, code, members = _told(error)
     detail = str(members.pop("detail", error))
@@ -110,7 +110,7 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _told(error: Exception) -> tuple[HTTPStatus, Code, dict[str, Any]]:
+def _told(error: BaseException) -> tuple[HTTPStatus, Code, dict[str, Any]]:
     """Status, code and the problem's further members."""
     members: dict[str, Any] = {}
     match error:

@@ -27,7 +27,8 @@ def named_event(event_id: str, name: str, json: str) -> bytes:
 
 
 class EventStream(Response):
-    """Sends what `events` gives; an error on the way is told as the last event, since the status is out already.
+    """Sends what `events` gives; an error on the way is told as the last event, a problem whose `status` is the one
+    that it would have had, since the reply's own is out already.
 
     `events` is closed when the reader leaves, and always. `end` is sent after the last.
     """
@@ -53,8 +54,8 @@ class EventStream(Response):
                 raise ReaderGone from None
             except Exception as error:
                 problem = problem_of(error, scope["path"], scope["state"]["request_id"])
-                body = f'{{"error":{problem.error.model_dump_json(exclude_none=True)}}}'
-                await send({"type": "http.response.body", "body": event(body), "more_body": True})
+                body = event(problem.model_dump_json(exclude_none=True))
+                await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 

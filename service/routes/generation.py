@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request, Response
 from engine.batch import Generate, GenerateResult, Once, TokenEvent
 from engine.errors import EngineError, InvalidInput
 from engine.stats import SessionInfo
-from keypast.schemas import Generated, GenerateReply, GenerateRequest, StreamEnd, StreamToken, Timings
+from keypast.schemas import Generated, GenerateReply, GenerateRequest, Problem, StreamEnd, StreamToken, Timings
 from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
 from service.auth import Tenant
+from service.errors import problem_of
 from service.lifecycle import Service, service_of
 from service.once import read_change, replay_headers
 from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
@@ -132,7 +133,11 @@ class _Run:
             reused=result.effort.reused,
             shared=result.effort.shared,
             timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
+            problem=self._problem(result),
         )
+
+    def _problem(self, result: GenerateResult) -> Problem | None:
+        return None if result.error is None else problem_of(result.error, self._request.url.path)
 
     def _respond(self, result: GenerateResult) -> Response:
         if self._once.replayed:
@@ -152,6 +157,7 @@ class _Run:
             reused=result.effort.reused,
             shared=result.effort.shared,
             timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
+            problem=self._problem(result),
         )
         headers = reply_headers(body) | replay_headers(self._once)
         return Response(body.model_dump_json(exclude_none=True), 200, headers, JSON_TYPE)

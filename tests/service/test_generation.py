@@ -7,7 +7,7 @@ import pytest
 
 from keypast.schemas import GenerateReply, StreamEnd, StreamToken
 from tests.service.conftest import Running, Start
-from tests.service.fakes import END, POISON, event_data
+from tests.service.fakes import END, KINDS, POISON, event_data
 
 pytestmark = pytest.mark.anyio
 
@@ -138,6 +138,7 @@ async def test_an_error_amid_a_stream_is_its_last_event(running: Running) -> Non
     *tokens, error, done = event_data(reply.text)
     assert (reply.status_code, len(tokens), done) == (200, 2, "[DONE]")
     assert (error["error"]["type"], error["error"]["code"]) == ("server_error", "model_failed")
+    assert (error["status"], error["code"], error["title"]) == (500, "model_failed", "Internal Server Error")
     assert "/secret" not in reply.text
     assert running.fakes.engine.sessions()[0].valid_length == [3], "at the last committed position"
 
@@ -152,6 +153,61 @@ async def test_a_reply_that_ends_in_an_error_tells_what_was_appended(running: Ru
     assert (reply.status_code, body.finish_reason, body.outputs.text) == (200, ["cancelled"], ["bc"])
     assert (body.past_length, body.valid_length, body.version) == ([1], [3], 3)
     assert body.outputs.logprobs == [[-0.5, -0.5]]
+    assert body.problem is not None
+    assert (body.problem.status, body.problem.code) == (500, "model_failed")
+
+
+async def full(start: Start) -> tuple[Running, str, str]:
+    """A service of 4 blocks of 4 positions, three of them another session's; the path of one of 2 positions, and of
+    that other."""
+    running: Running = await start(blocks=5, wait_seconds=0.05)
+    other = await running.prefilled(KINDS["decoder"], 12)
+    return running, await session(running, "ab"), f"/v1/sessions/{other}"
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_one_that_runs_out_of_blocks_tells_what_it_has_appended_and_why_it_ended(
+    start: Start, named: bool
+) -> None:
+    """The status is 200, for its tokens are there. Going on from there yields what it would have without the gap."""
+    running, path, other = await full(start)
+    key = {"idempotency-key": "k"} if named else {}
+    reply = await running.client.post(f"{path}/generate", json={"max_tokens": 5}, headers=key)
+    body = GenerateReply.model_validate_json(reply.content)
+    assert (reply.status_code, body.finish_reason, body.outputs.text) == (200, ["cancelled"], ["cd"])
+    assert (body.past_length, body.valid_length, body.version) == ([2], [4], 3)
+    assert body.problem is not None
+    assert (body.problem.status, body.problem.code, body.problem.retry_after) == (429, "pool_exhausted", 1.0)
+    assert (await running.client.get(path)).json()["valid_length"] == [4]
+    if named:
+        again = await running.client.post(f"{path}/generate", json={"max_tokens": 5}, headers=key)
+        assert (again.headers["idempotent-replayed"], again.text) == ("true", reply.text)
+    refused = await running.client.post(f"{path}/generate", json={"max_tokens": 3})
+    assert (refused.status_code, refused.json()["code"]) == (429, "pool_exhausted"), (
+        "nothing was appended: it may say so"
+    )
+    assert refused.headers["retry-after"] == "1"
+    await running.client.delete(other)
+    rest = await running.client.post(f"{path}/generate", json={"max_tokens": 3})
+    assert (rest.json()["outputs"]["text"], rest.json()["valid_length"]) == (["efg"], [7])
+    assert "problem" not in rest.json()
+
+
+async def test_a_stream_that_runs_out_of_blocks_ends_with_the_problem(start: Start) -> None:
+    """Its own status was 200; the problem has the one that it would have had, and when to try again."""
+    running, path, _ = await full(start)
+    body = {"max_tokens": 5, "stream": True}
+    reply, again = [
+        await running.client.post(f"{path}/generate", json=body, headers={"idempotency-key": "k"}) for _ in "ab"
+    ]
+    *tokens, problem, done = event_data(reply.text)
+    assert (reply.status_code, [token["text"] for token in tokens], done) == (200, [["c"], ["d"]], "[DONE]")
+    assert (problem["status"], problem["code"], problem["retry_after"]) == (429, "pool_exhausted", 1.0)
+    assert (problem["error"]["type"], problem["error"]["code"]) == ("rate_limit_error", "pool_exhausted")
+    *told, end, _ = event_data(again.text)
+    assert (told, end["finish_reason"], end["problem"]["code"]) == (tokens, ["cancelled"], "pool_exhausted")
+    refused = await running.client.post(f"{path}/generate", json={"max_tokens": 3, "stream": True})
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1"), "before the first token"
 
 
 async def test_a_session_deleted_amid_a_generation_is_gone(running: Running) -> None:
