@@ -13,23 +13,25 @@ from engine.attention.base import Backend, KVView, Rotary, Scoring
 from engine.attention.dense import DenseView, Past, check_lengths, check_mask, check_past, check_rotary, check_shapes
 from engine.attention.mask import attending
 from engine.errors import InvalidInput
+from engine.packing import pack_int8, pack_plain
 from engine.parallel import Parallel, Ranks, divide
-from engine.quantize import pack_int8
 
 ROWS, COLUMNS = 0, 1  # of a linear's weight: its outputs, its inputs
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b. Packed on the CPU it holds the weight in oneDNN's own layout, which reads at memory speed from one
-    row to thousands; nothing but `forward` works then. Cut, before that, it holds this rank's part of the weight.
+    """y = x W^T + b. Packed on the CPU it holds the weight in a layout that reads at memory speed from one row to
+    thousands; nothing but `forward` works then. Cut, before that, it holds this rank's part of the weight.
 
-    With `int8`, packing makes the weight 8-bit integers (engine.quantize), half the bytes to read; `forward` then is a
-    native kernel's, which rounds inputs to 16 bits and sums exactly, so that a row's result depends on no other row.
+    The layout is the native kernels' (engine.packing) where they are loaded (see `use_kernels`), else oneDNN's. By the
+    kernels a row's result depends on no other row. With `int8` the weight becomes 8-bit integers, half the bytes to
+    read, and inputs are rounded to 16 bits.
     """
 
-    int8 = False
+    native = False
+    int8 = False  # native only
     packed: Tensor | None = None
-    offset: Tensor | None = None  # what the 8-bit kernel adds, float32 (out,): the bias, or zeros
+    offset: Tensor | None = None  # what the kernels add, float32 (out,): the bias, or zeros
     ranks: Ranks | None = None  # those that hold the rest
     cut: int | None = None  # ROWS or COLUMNS
 
@@ -56,8 +58,8 @@ class Linear(nn.Linear):
         if self.weight.device.type != "cpu":
             return
         weight = self.matrix.detach()
-        if self.int8:
-            self._pack_int8(weight)
+        if self.native:
+            self._pack_native(weight)
             return
         # float16 products are some twenty times slower here than float32 ones, which hold every float16 exactly.
         wide = weight.float() if weight.dtype == torch.float16 else weight
@@ -67,8 +69,8 @@ class Linear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().to(wide.dtype), requires_grad=False)
 
-    def _pack_int8(self, weight: Tensor) -> None:
-        self.packed = pack_int8(weight)
+    def _pack_native(self, weight: Tensor) -> None:
+        self.packed = pack_int8(weight) if self.int8 else pack_plain(weight)
         added_here = self.bias is not None and self.cut != COLUMNS
         self.offset = self.bias.detach().float() if added_here else torch.zeros(self.out_features)
         self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
@@ -82,7 +84,7 @@ class Linear(nn.Linear):
         whole.weight = nn.Parameter(weight, requires_grad=False)
         if parts[0].bias is not None:
             whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
-        whole.int8 = parts[0].int8
+        whole.native, whole.int8 = parts[0].native, parts[0].int8
         for part in parts:
             part.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         whole.pack()
@@ -99,9 +101,9 @@ class Linear(nn.Linear):
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:
             return F.linear(input, self.matrix.to(input.dtype), None if bias is None else bias.to(input.dtype))
-        if self.int8:
-            integers: Tensor = torch.ops.keypast.int8_linear.default(input, self.packed, self.offset)
-            return integers
+        if self.native:
+            product: Tensor = torch.ops.keypast.linear.default(input, self.packed, self.offset)
+            return product
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(
             input.to(self.packed.dtype), self.packed, bias, "none", [], ""
         )
@@ -397,16 +399,11 @@ class DecoderBlock(nn.Module):
         norms = [self.attention_norm, self.feed_forward_norm]
         linears = [attention.qkv, attention.o_proj, feed_forward.gate_up, feed_forward.down_proj]
         if not all(isinstance(norm, RMSNorm) for norm in norms) or any(
-            linear is None
-            or linear.ranks is not None
-            or linear.packed is None
-            or linear.packed.dtype not in (attention.compute_dtype, torch.int8)
+            linear is None or linear.ranks is not None or linear.packed is None or not linear.native
             for linear in linears
         ):
             return None
-        qkv, o_proj, gate_up, down_proj = (
-            [linear.packed, linear.offset if linear.int8 else linear.bias] for linear in linears if linear is not None
-        )
+        qkv, o_proj, gate_up, down_proj = ([linear.packed, linear.offset] for linear in linears if linear is not None)
         head_norms = [None if norm is None else norm.weight for norm in (attention.q_norm, attention.k_norm)]
         first, second = ([norm.weight] for norm in norms if isinstance(norm, RMSNorm))
         return [*first, *qkv, *head_norms, *o_proj, *second, *gate_up, *down_proj]
@@ -421,11 +418,11 @@ class DecoderBlock(nn.Module):
         return x, self.feed_forward(normed, kv.backend)
 
 
-def quantize(model: nn.Module) -> None:
-    """Has `pack` keep every linear of the model as 8-bit integers, on the CPU and with the native kernels loaded."""
+def use_kernels(model: nn.Module, *, int8: bool = False) -> None:
+    """Has `pack` keep every linear of the model for the native kernels, which must be loaded by the first pass."""
     for module in model.modules():
         if isinstance(module, Linear):
-            module.int8 = True
+            module.native, module.int8 = True, int8
 
 
 def _share(parameter: Tensor, ranks: Ranks, axis: int = 0) -> nn.Parameter:

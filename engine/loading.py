@@ -1,10 +1,11 @@
 """From a model's spec to a runner: the model, a backend that can run here, and a pool of the memory it is given."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.attention import choose
+from engine.attention.cpu import CpuBackend
 from engine.errors import InvalidInput
 from engine.models import build
 from engine.models.base import LoadOptions as ModelOptions
@@ -46,6 +47,9 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     model_options = ModelOptions(
         options.cache_dir, options.dtype, options.kv_dtype, options.device, options.parallel, options.quantize
     )
+    device, _ = model_options.resolve()
+    backend = choose(options.backend, device, options.cache_dir, options.warn, progress)
+    model_options = replace(model_options, kernels=isinstance(backend, CpuBackend))
     loaded = build(name, spec, model_options, progress)
     model_spec = loaded.model.spec
     block_bytes = model_spec.kv.position_bytes * options.block_size
@@ -54,6 +58,5 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     blocks = options.kv_memory // block_bytes
     if blocks < 1:
         raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
-    backend = choose(options.backend, model_spec.device, options.cache_dir, options.warn, progress)
     runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size, options.parallel, options.together)
     return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)

@@ -68,7 +68,7 @@ class PackedBlocks:
     """All blocks of a decoder as one list, for a backend that runs them in one call. `weights`, for each block:
 
     attention_norm, qkv and its bias, q_norm, k_norm, o_proj and its bias, feed_forward_norm, gate_up, its bias,
-    down_proj, its bias: linears all in oneDNN's layout, or all of 8-bit integers with float32 biases; None for what a
+    down_proj, its bias: linears packed for the native kernels, with float32 biases; None for what a
     family does not have.
     """
 

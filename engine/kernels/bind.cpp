@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -183,87 +182,44 @@ Tensor silu_gate(const Tensor& input) {
   return out;
 }
 
-// A linear's weight and bias as 8-bit integers; the bias says how many outputs there are.
-keypast::Int8Weight int8_of(const optional<Tensor>& weight, const optional<Tensor>& bias, int64_t in) {
-  TORCH_CHECK(weight && bias, "keypast: 8-bit linears need a weight and a bias");
-  keypast::Int8Weight w{};
-  w.in = in, w.out = bias->numel();
-  const std::vector<int64_t> shape{w.blocks(), w.groups(), keypast::kGroupBytes};
-  const bool fits = weight->sizes() == at::IntArrayRef(shape) && weight->is_contiguous();
-  TORCH_CHECK(fits && weight->scalar_type() == at::kChar, "keypast: the weight of ", w.in, " inputs and ", w.out,
-              " outputs must be contiguous int8 ", at::IntArrayRef(shape), ", not ", weight->scalar_type(), " ",
-              weight->sizes());
+keypast::WeightType weight_type_of(const Tensor& weight) {
+  if (weight.scalar_type() == at::kChar) return keypast::WeightType::int8;
+  switch (type_of(weight, "a packed weight")) {
+    case keypast::DType::f16: return keypast::WeightType::f16;
+    case keypast::DType::bf16: return keypast::WeightType::bf16;
+    case keypast::DType::f32: return keypast::WeightType::f32;
+  }
+  return {};
+}
+
+// A packed weight with its bias, which says how many outputs there are.
+keypast::Weight weight_of(const optional<Tensor>& weight, const optional<Tensor>& bias, int64_t in) {
+  TORCH_CHECK(weight && bias, "keypast: linears need a packed weight and a bias");
   TORCH_CHECK(bias->scalar_type() == at::kFloat, "keypast: bias must be float32, not ", bias->scalar_type());
-  w.data = weight->const_data_ptr<int8_t>(), w.bias = vector_of<float>(*bias, "bias", w.out);
+  keypast::Weight w{};
+  w.in = in, w.out = bias->numel(), w.type = weight_type_of(*weight);
+  const std::vector<int64_t> shape{w.blocks(), w.groups(), keypast::group_bytes(w.type) / weight->element_size()};
+  const bool fits = weight->sizes() == at::IntArrayRef(shape) && weight->is_contiguous();
+  TORCH_CHECK(fits, "keypast: the packed weight of ", w.in, " inputs and ", w.out, " outputs must be contiguous ",
+              at::IntArrayRef(shape), ", not ", weight->sizes());
+  w.data = static_cast<const char*>(weight->const_data_ptr());
+  w.bias = vector_of<float>(*bias, "bias", w.out);
   return w;
 }
 
-Tensor int8_linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
   const Tensor x = foldable(input);
-  keypast::Int8 a{};
-  a.weight = int8_of(weight, bias, x.size(-1));
+  keypast::Linear a{};
+  a.weight = weight_of(weight, bias, x.size(-1));
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = a.weight.out;
   Tensor out = at::empty(shape, input.options());
   a.x = rows_of(x), a.out = out.data_ptr(), a.dtype = type_of(x, "x"), a.rows = x.numel() / x.size(-1);
-  keypast::int8_linear(a, at::get_num_threads());
+  keypast::linear(a, at::get_num_threads());
   return out;
 }
 
-// A linear whose weight is in oneDNN's layout: torch's own operator, called without Python between.
-Tensor packed_linear(const Tensor& x, const optional<Tensor>& weight, const optional<Tensor>& bias) {
-  using Call = Tensor(const Tensor&, const Tensor&, const optional<Tensor>&, c10::string_view,
-                      c10::List<optional<at::Scalar>>, optional<c10::string_view>);
-  static const auto call =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Call>();
-  static const c10::List<optional<at::Scalar>> no_scalars;
-  return call.call(x, weight.value(), bias, "none", no_scalars, "");
-}
-
-constexpr size_t per_block = 12;  // tensors a block has in `weights`, in the order in which they are read below
-
-// Every block of a decoder in one call: what engine/layers.py does one operator after another.
-Tensor decoder_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>& weights, const Tensor& k_pool,
-                      const Tensor& v_pool, const Tensor& query_start, const Tensor& past_length,
-                      const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
-                      const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, int64_t heads,
-                      double scale, double eps) {
-  TORCH_CHECK(weights.size() == per_block * k_pool.size(0), "keypast: ", weights.size(), " weights for ",
-              k_pool.size(0), " layers");
-  const int64_t tokens = embedded.size(0), kv_heads = k_pool.size(2), head_dim = k_pool.size(3);
-  Tensor x = embedded, delta, normed;
-  for (int64_t layer = 0; layer < k_pool.size(0); ++layer) {
-    size_t at = per_block * layer;
-    const auto next = [&]() -> optional<Tensor> { return weights.get(at++); };
-    const auto norm = [&](const Tensor& added) {
-      const Tensor weight = next().value();
-      if (added.defined()) {
-        std::tie(normed, x) = add_rms_norm(added, x, weight, eps);
-      } else {
-        normed = rms_norm(x, weight, eps);
-      }
-    };
-    const auto linear = [&](const Tensor& input) {
-      const optional<Tensor> weight = next(), bias = next();
-      return packed_linear(input, weight, bias);
-    };
-    const auto head_norm = [&](const Tensor& input) {
-      const optional<Tensor> weight = next();
-      return weight ? rms_norm(input, *weight, eps) : input;
-    };
-    norm(delta);
-    const Tensor qkv = linear(normed).view({tokens, heads + 2 * kv_heads, head_dim});
-    const Tensor q = head_norm(qkv.narrow(1, 0, heads)), k = head_norm(qkv.narrow(1, heads, kv_heads));
-    const Tensor v = qkv.narrow(1, heads + kv_heads, kv_heads);
-    const Tensor attended =
-        attend(q, k, v, k_pool.select(0, layer), v_pool.select(0, layer), query_start, past_length, present_length,
-               block_table, positions, slots, true, std::nullopt, std::nullopt, cos, sin, scale, std::nullopt,
-               std::nullopt);
-    norm(linear(attended));
-    delta = linear(silu_gate(linear(normed)));
-  }
-  return x.add_(delta);
-}
+constexpr size_t per_block = 12;  // tensors a block has in `weights`
 
 // The list of weights in order, block by block.
 struct BlockReader {
@@ -284,9 +240,9 @@ struct BlockReader {
     return weight->data_ptr();
   }
 
-  keypast::Int8Weight linear(int64_t in, int64_t out) {
+  keypast::Weight linear(int64_t in, int64_t out) {
     const optional<Tensor> weight = weights.get(at++), bias = weights.get(at++);
-    const keypast::Int8Weight w = int8_of(weight, bias, in);
+    const keypast::Weight w = weight_of(weight, bias, in);
     TORCH_CHECK(out < 0 || w.out == out, "keypast: a linear gives ", w.out, " outputs where ", out, " are needed");
     return w;
   }
@@ -305,12 +261,12 @@ struct BlockReader {
   }
 };
 
-// The same with linears of 8-bit integers: one parallel region from the first norm to the last linear.
-Tensor int8_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>& weights, const Tensor& k_pool,
-                   const Tensor& v_pool, const Tensor& query_start, const Tensor& past_length,
-                   const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
-                   const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, int64_t heads,
-                   double scale, double eps) {
+// Every block of a decoder in one call: what engine/layers.py does one operator after another.
+Tensor decoder_blocks(const Tensor& embedded, const c10::List<optional<Tensor>>& weights, const Tensor& k_pool,
+                      const Tensor& v_pool, const Tensor& query_start, const Tensor& past_length,
+                      const Tensor& present_length, const Tensor& block_table, const Tensor& positions,
+                      const Tensor& slots, const optional<Tensor>& cos, const optional<Tensor>& sin, int64_t heads,
+                      double scale, double eps) {
   const int64_t tokens = embedded.size(0), kv_heads = k_pool.size(2), head_dim = k_pool.size(3);
   keypast::Decoder d{};
   d.hidden = embedded.size(1), d.layers = k_pool.size(0), d.eps = static_cast<float>(eps);
@@ -361,7 +317,7 @@ TORCH_LIBRARY(keypast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   m.def("silu_gate(Tensor x) -> Tensor");
-  m.def("int8_linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def(
       "decoder_blocks(Tensor x, Tensor?[] weights, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor query_start, "
       "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, Tensor? cos, "
@@ -376,8 +332,6 @@ TORCH_LIBRARY_IMPL(keypast, CPU, m) {
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_gate", silu_gate);
-  m.impl("int8_linear", int8_linear);
-  m.impl("decoder_blocks", int8_blocks);  // but see below
+  m.impl("linear", linear);
+  m.impl("decoder_blocks", decoder_blocks);
 }
-
-TORCH_LIBRARY_IMPL(keypast, MkldnnCPU, m) { m.impl("decoder_blocks", decoder_blocks); }  // its weights decide that

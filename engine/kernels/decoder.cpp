@@ -1,5 +1,5 @@
-// Every block of a decoder whose linears are 8-bit integers, by one team of threads from the first norm to the last
-// linear: it waits for its slowest member some ten times a block and otherwise reads weights.
+// Every block of a decoder, by one team of threads from the first norm to the last linear: it waits for its slowest
+// member some ten times a block and otherwise reads weights.
 #include <algorithm>
 
 #include "drive.h"
@@ -8,7 +8,7 @@ namespace keypast {
 
 namespace {
 
-thread_local Buffer integer_buffer, value_buffer, partial_buffer;
+thread_local Buffer input_buffer, value_buffer, partial_buffer;
 
 Rows rows_of(void* data, int64_t width) { return {data, 1, width, 0}; }
 
@@ -18,8 +18,7 @@ struct Work {
   const Plan& plan;
   float* partials;
   Turns* turns;
-  float* scales;  // of a linear's inputs, and those as integers
-  int16_t* values;
+  float* inputs;  // of a linear, prepared
   void *normed, *gate_up, *inner;  // (tokens, hidden), (tokens, 2 * inner), (tokens, inner)
 };
 
@@ -49,7 +48,7 @@ class Runner {
   }
 
  private:
-  // Norms, gates and integers are of a member's own rows, which nobody else reads before linear() has waited.
+  // Norms, gates and prepared inputs are of a member's own rows, which nobody else reads before linear() has waited.
   void norm(void* weight, bool add) const {
     Norm n{};
     n.x = rows_of(add ? d.delta : d.x, d.hidden), n.weight = weight, n.out = w.normed;
@@ -58,12 +57,8 @@ class Runner {
     kernels.rms_norm(n, begin, end);
   }
 
-  void linear(const Int8Weight& weight, void* x, void* out) const {
-    const Int8 l{weight, rows_of(x, weight.in), out, a.dtype, a.tokens, w.values, w.scales};
-    kernels.quantize(l, begin, end);
-    me.wait();
-    multiply_share(l, me);
-    me.wait();
+  void linear(const Weight& weight, void* x, void* out) const {
+    linear_together({weight, rows_of(x, weight.in), out, a.dtype, a.tokens, w.inputs}, w.turns, me);
   }
 
   void head_norm(void* weight, int64_t first, int64_t heads, const Heads& out) const {
@@ -99,8 +94,14 @@ class Runner {
   const int64_t begin, end;  // own rows
 };
 
-int64_t most_groups(const DecoderBlock& b) {  // blocks are alike
-  return std::max({b.qkv.groups(), b.o_proj.groups(), b.down_proj.groups()});
+int64_t most_scratch(const DecoderBlock& b, int64_t rows) {  // blocks are alike
+  int64_t most = 0;
+  for (const Weight* weight : {&b.qkv, &b.o_proj, &b.gate_up, &b.down_proj}) {
+    Linear l{};
+    l.weight = *weight, l.rows = rows;
+    most = std::max(most, l.scratch_floats());
+  }
+  return most;
 }
 
 }  // namespace
@@ -111,9 +112,8 @@ void decoder(const Decoder& d, int threads) {
   make_plan(d.attend, threads, &plan);
   Turns turns;
   Work work{d, plan, partial_buffer.reserve(plan.partial_floats), &turns};
-  const int64_t tokens = d.attend.tokens, groups = tokens * most_groups(d.blocks[0]);
-  work.scales = integer_buffer.reserve(groups * (1 + kGroup / 2));
-  work.values = reinterpret_cast<int16_t*>(work.scales + groups);
+  const int64_t tokens = d.attend.tokens;
+  work.inputs = input_buffer.reserve(most_scratch(d.blocks[0], tokens));
   work.normed = value_buffer.reserve(tokens * (d.hidden + 3 * d.inner));
   work.gate_up = static_cast<float*>(work.normed) + tokens * d.hidden;
   work.inner = static_cast<float*>(work.gate_up) + tokens * 2 * d.inner;

@@ -11,7 +11,7 @@ namespace keypast {
 
 #if defined(__x86_64__)
 namespace avx512 {
-extern const Variant table, vnni_table;
+extern const Variant table, vnni_table, bf16_table;
 }
 namespace avx2 {
 extern const Variant table;
@@ -26,6 +26,8 @@ namespace {
 constexpr int64_t kTileRows = 96;           // (query, head) pairs in one tile
 constexpr int64_t kReadCost = 6;            // reading and converting one key, in rows attending to it
 constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's share over this are split by chunks
+constexpr int64_t kStepsPerThread = 8;      // a linear's outputs are taken in so many steps, whoever is free
+constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
 
@@ -36,7 +38,9 @@ std::vector<const Variant*> find_variants() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&avx512::vnni_table);
+  const bool vnni = avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512::bf16_table);
+  if (vnni) found.push_back(&avx512::vnni_table);
   if (avx2 && avx512) found.push_back(&avx512::table);
   if (avx2) found.push_back(&avx2::table);
 #endif
@@ -197,23 +201,23 @@ void silu_gate(const Gate& a, int threads) {
   share_rows(a.rows, a.width, threads, [&](int64_t begin, int64_t end) { kernels.silu_gate(a, begin, end); });
 }
 
-void multiply_share(const Int8& a, const Member& me) {
-  const int64_t begin = me.begin(a.weight.blocks()), end = me.end(a.weight.blocks());
-  for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
-    chosen().multiply(a, begin, end, row, std::min(a.rows, row + kRowsAtOnce));
+void linear_together(const Linear& a, Turns* turns, const Member& me) {
+  const Variant& kernels = chosen();
+  kernels.prepare(a, me.begin(a.rows), me.end(a.rows));
+  if (me.index == 0) turns->block = 0;
+  me.wait();
+  const int64_t blocks = a.weight.blocks(), step = std::max<int64_t>(1, blocks / (me.count * kStepsPerThread));
+  for (int64_t begin; (begin = turns->block.fetch_add(step)) < blocks;)
+    for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
+      kernels.multiply(a, begin, std::min(blocks, begin + step), row, std::min(a.rows, row + kRowsAtOnce));
+  me.wait();
 }
 
-void int8_linear(Int8 a, int threads) {
-  const int64_t groups = a.rows * a.weight.groups();
-  a.scales = scratch_buffer.reserve(groups * (1 + kGroup / 2));
-  a.values = reinterpret_cast<int16_t*>(a.scales + groups);
+void linear(Linear a, int threads) {
+  a.scratch = scratch_buffer.reserve(a.scratch_floats());
+  Turns turns;
 #pragma omp parallel num_threads(threads)
-  {
-    const Member me;
-    chosen().quantize(a, me.begin(a.rows), me.end(a.rows));
-    me.wait();
-    multiply_share(a, me);
-  }
+  linear_together(a, &turns, Member());
 }
 
 }  // namespace keypast

@@ -51,6 +51,7 @@ struct Plan {
 // What is next, for whichever thread comes first.
 struct Turns {
   std::atomic<size_t> task{0}, tile{0};
+  std::atomic<int64_t> block{0};
 };
 
 void check(const Attend& args);  // throws std::invalid_argument
@@ -58,10 +59,8 @@ void make_plan(const Attend& args, int threads, Plan* plan);
 // Writes, waits, attends; the caller waits before anyone reads the result or calls it again.
 void attend_together(const Attend& args, const Plan& plan, float* partials, Turns* turns, const Member& me);
 
-// Rows whose integers stay in the second cache while all the weights pass by.
-constexpr int64_t kRowsAtOnce = 192;
-
-// A member's blocks of outputs, for every row.
-void multiply_share(const Int8& args, const Member& me);
+// A linear, by all members; they have waited when it ends. Rows must be whole before it is called by those who prepare
+// them: each member its own.
+void linear_together(const Linear& args, Turns* turns, const Member& me);
 
 }  // namespace keypast

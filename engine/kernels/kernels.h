@@ -70,33 +70,44 @@ struct Gate {
   int64_t rows, width;  // x rows hold 2 * width
 };
 
-// y = x W^T + b with W as 8-bit integers: each output has one bfloat16 scale for every kGroup inputs. Stored as
-// [blocks of kOutputs outputs][groups]: the block's scales, then [2 halves][kGroup / 2 pairs][16 outputs][2 inputs].
+// y = x W^T + b. W is stored as [blocks of kOutputs outputs][groups of kGroup inputs], padded with zeros. Inside a group:
+// f32, f16: [kGroup inputs][kOutputs outputs]
+// bf16:     [kGroup / 2 pairs][kOutputs outputs][2 inputs]
+// int8:     a bfloat16 scale for each output, then [2 halves][kGroup / 2 pairs][16 outputs][2 inputs]
 constexpr int kGroup = 32;
 constexpr int kOutputs = 32;
-constexpr int64_t kGroupBytes = kOutputs * 2 + kOutputs * kGroup;
 
-struct Int8Weight {
-  const int8_t* data;
+enum class WeightType { f16, bf16, f32, int8 };
+
+inline constexpr int64_t group_bytes(WeightType type) {
+  const int64_t size = type == WeightType::int8 ? 1 : type == WeightType::f32 ? 4 : 2;
+  return kOutputs * kGroup * size + (type == WeightType::int8 ? 2 * kOutputs : 0);
+}
+
+struct Weight {
+  const char* data;
   const float* bias;  // (out,)
   int64_t in, out;
+  WeightType type;
   int64_t groups() const { return (in + kGroup - 1) / kGroup; }
   int64_t blocks() const { return (out + kOutputs - 1) / kOutputs; }
 };
 
-struct Int8 {
-  Int8Weight weight;
+struct Linear {
+  Weight weight;
   Rows x;       // (rows, in)
   void* out;    // (rows, out), contiguous
   DType dtype;  // of x and out
   int64_t rows;
-  int16_t* values;  // x as integers, (rows, groups, kGroup), zeros behind
-  float* scales;    // (rows, groups)
+  float* scratch;  // scratch_floats(), for x as the products want it
+  int64_t width() const { return weight.groups() * kGroup; }
+  // Integers have a scale a group, which lie behind all the values.
+  int64_t scratch_floats() const { return rows * (width() + weight.groups()); }
 };
 
 struct DecoderBlock {  // of sizes that all blocks share
   void *attention_norm, *q_norm, *k_norm, *feed_forward_norm;  // q_norm and k_norm may be null
-  Int8Weight qkv, o_proj, gate_up, down_proj;
+  Weight qkv, o_proj, gate_up, down_proj;
 };
 
 struct Decoder {
@@ -125,8 +136,10 @@ struct Variant {
   void (*merge)(const Attend&, const Tile&, float* scratch, const float* partials);
   void (*rms_norm)(const Norm&, int64_t begin, int64_t end);
   void (*silu_gate)(const Gate&, int64_t begin, int64_t end);
-  void (*quantize)(const Int8&, int64_t begin, int64_t end);
-  void (*multiply)(const Int8&, int64_t begin, int64_t end, int64_t first_row, int64_t last_row);
+  // A linear's inputs as its products want them, rows [begin, end).
+  void (*prepare)(const Linear&, int64_t begin, int64_t end);
+  // Outputs of blocks [begin, end) for prepared rows [first, last).
+  void (*multiply)(const Linear&, int64_t begin, int64_t end, int64_t first, int64_t last);
 };
 
 // Variants this machine can run, best first; terminated by null.
@@ -138,7 +151,7 @@ bool choose(const char* name);  // false: no such variant here
 void attend(const Attend& args, int threads);
 void rms_norm(const Norm& args, int threads);
 void silu_gate(const Gate& args, int threads);
-void int8_linear(Int8 args, int threads);  // values and scales are filled in here
+void linear(Linear args, int threads);  // brings its own scratch
 void decoder(const Decoder& args, int threads);
 
 }  // namespace keypast

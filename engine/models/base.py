@@ -36,7 +36,8 @@ class LoadOptions:
     """`dtype` of the weights, "auto": float16 on a GPU, bfloat16 on the CPU (whose float16 products are slow).
     `device` "auto": the GPU if there is one. `kv_dtype` of the past. `cache_dir` keeps what is converted once.
     `quantize` of a decoder's linears on the CPU, "int8" or "none"; other kinds and embeddings stay as they are.
-    `parallel`: this rank's place among those that share the model; None keeps it whole."""
+    `parallel`: this rank's place among those that share the model; None keeps it whole. `kernels`: the native ones are
+    loaded, and linears are theirs."""
 
     cache_dir: Path
     dtype: str = "auto"
@@ -44,6 +45,7 @@ class LoadOptions:
     device: str = "auto"
     parallel: Parallel | None = None
     quantize: str = "none"
+    kernels: bool = False
 
     def resolve(self) -> tuple[str, torch.dtype]:
         """(device, dtype of the weights). Raises InvalidInput."""

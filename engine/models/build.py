@@ -14,9 +14,7 @@ from engine.checkpoints.gguf import convert, default_model
 from engine.checkpoints.weights import Checkpoint, fetch_hub
 from engine.compat.convert import read
 from engine.errors import InvalidInput
-from engine.kernels.build import KernelUnavailable, load
-from engine.layers import MultiHeadAttention
-from engine.layers import quantize as keep_int8
+from engine.layers import MultiHeadAttention, use_kernels
 from engine.models.attention import AttentionModel, attention_spec
 from engine.models.base import LoadedModel, LoadOptions, Progress
 from engine.models.decoder import DecoderModel, decoder_spec
@@ -76,6 +74,8 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
         layer.shard(options.parallel)
     model = AttentionModel(described, layer, rotary)
     model.requires_grad_(False).eval()
+    if options.kernels:
+        use_kernels(model)
     model.pack()
     return LoadedModel(model, None)
 
@@ -84,8 +84,8 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
     checkpoint = Checkpoint.open(_directory(spec, options.cache_dir, progress), options.cache_dir)
     device, dtype = options.resolve()
     progress(f"{name}: loading {checkpoint.config.architecture}")
-    if options.quantize == "int8":
-        _load_kernels(options.cache_dir, progress)
+    if options.quantize == "int8" and not options.kernels:
+        raise InvalidInput("quantize", "int8 needs the native kernels, else say none")
     model = load_decoder(
         name,
         checkpoint,
@@ -93,7 +93,8 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
         dtype=dtype,
         kv_dtype=options.kv_dtype,
         parallel=options.parallel,
-        quantize=options.quantize,
+        kernels=options.kernels,
+        int8=options.quantize == "int8",
     )
     return LoadedModel(model, Tokenizer.open(checkpoint), frozenset(checkpoint.config.eos_token_ids))
 
@@ -106,10 +107,11 @@ def load_decoder(
     dtype: torch.dtype,
     kv_dtype: str,
     parallel: Parallel | None = None,
-    quantize: str = "none",
+    kernels: bool = False,
+    int8: bool = False,
 ) -> DecoderModel:
-    """With `parallel`, this rank's share of it. `quantize` "int8" asks for the native kernels to be loaded by the first
-    pass. Raises InvalidInput where the ranks cannot share it evenly."""
+    """With `parallel`, this rank's share of it. With `kernels` its linears are the native kernels', `int8`: in 8 bits.
+    Raises InvalidInput where the ranks cannot share it evenly."""
     config = checkpoint.config
     spec = decoder_spec(
         name,
@@ -135,18 +137,10 @@ def load_decoder(
     model.load_state_dict(tensors, assign=True)
     del tensors  # so that packing a layer frees its plain copy at once
     model.requires_grad_(False).eval()
-    if quantize == "int8":
-        keep_int8(model)
+    if kernels:
+        use_kernels(model, int8=int8)
     model.pack()
     return model
-
-
-def _load_kernels(cache_dir: Path, progress: Progress) -> None:
-    """8-bit linears are these kernels' alone."""
-    try:
-        load(cache_dir, progress=progress)
-    except KernelUnavailable as reason:
-        raise InvalidInput("quantize", f"int8 needs the native kernels, else say none: {reason}") from reason
 
 
 def _rotary(config: DecoderConfig, device: str) -> Rotary | None:

@@ -131,8 +131,9 @@ def serve_checkpoint(
     kv_dtype: str = "float32",
     blocks: int = 200,
     token_budget: int = 512,
-    quantize: str = "none",
+    int8: bool = False,
 ) -> Served:
     checkpoint, kernels = Checkpoint.open(path), backend(backend_name)
-    model = load_decoder("tiny", checkpoint, device="cpu", dtype=dtype, kv_dtype=kv_dtype, quantize=quantize)
+    native = backend_name == "cpu"
+    model = load_decoder("tiny", checkpoint, device="cpu", dtype=dtype, kv_dtype=kv_dtype, kernels=native, int8=int8)
     return Served(ModelRunner(model, kernels, blocks, 16), token_budget)

@@ -61,7 +61,7 @@ def served(directory: Path) -> Served:
 @pytest.fixture(scope="module")
 def eight(directory: Path) -> Served:
     """As it is served with `--quantize int8`."""
-    return serve_checkpoint(directory, dtype=torch.bfloat16, kv_dtype="float16", quantize="int8")
+    return serve_checkpoint(directory, dtype=torch.bfloat16, kv_dtype="float16", int8=True)
 
 
 def chats(tokenizer: Tokenizer) -> list[list[int]]:

@@ -1,7 +1,8 @@
-"""Weights as 8-bit integers: for each output and every 32 inputs one scale, as in GGUF's Q8_0.
+"""Weights in the layouts of the CPU kernels (engine/kernels/kernels.h), so that they are read in order.
 
-The layout is the CPU kernels' (engine/kernels/kernels.h): bytes (blocks of 32 outputs, groups of 32 inputs, 1088), each
-the block's bfloat16 scales, then [2 halves][16 pairs of inputs][16 outputs][2], so that they are read in order.
+(blocks of 32 outputs, groups of 32 inputs, a group's numbers), padded with zeros. A group's numbers are, of float32 and
+float16, [32 inputs][32 outputs]; of bfloat16, [16 pairs][32 outputs][2]; of 8-bit integers, with for each output and
+every 32 inputs one scale as in GGUF's Q8_0, the block's bfloat16 scales, then [2 halves][16 pairs][16 outputs][2].
 """
 
 import torch
@@ -12,6 +13,15 @@ GROUP = 32  # inputs that share a scale
 OUTPUTS = 32  # of a block
 LARGEST = 127
 _ROWS = 128 * OUTPUTS  # quantised at a time: what is made on the way is several times the result
+
+
+def pack_plain(weight: Tensor) -> Tensor:
+    """weight (out, in), float32, float16 or bfloat16 -> (ceil(out / 32), ceil(in / 32), 1024) of the same numbers."""
+    padded = _padded(weight)
+    together = 2 if weight.dtype == torch.bfloat16 else 1
+    blocks, groups = padded.shape[0] // OUTPUTS, padded.shape[1] // GROUP
+    split = padded.view(blocks, OUTPUTS, groups, GROUP // together, together)
+    return split.permute(0, 2, 3, 1, 4).reshape(blocks, groups, -1)
 
 
 def pack_int8(weight: Tensor) -> Tensor:
@@ -31,8 +41,7 @@ def unpack_int8(packed: Tensor, out_features: int, in_features: int) -> Tensor:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    out_features, in_features = weight.shape
-    padded = F.pad(weight, (0, -in_features % GROUP, 0, -out_features % OUTPUTS))
+    padded = _padded(weight)
     blocks, groups = padded.shape[0] // OUTPUTS, padded.shape[1] // GROUP
     grouped = padded.view(blocks, 2, OUTPUTS // 2, groups, GROUP)
     scales = _round_up(grouped.abs().amax(-1) / LARGEST)
@@ -41,6 +50,11 @@ def _pack(weight: Tensor) -> Tensor:
     pairs = values.view(blocks, 2, OUTPUTS // 2, groups, GROUP // 2, 2).permute(0, 3, 1, 4, 2, 5)
     leading = scales.view(blocks, OUTPUTS, groups).transpose(1, 2).contiguous().view(torch.int8)
     return torch.cat([leading, pairs.reshape(blocks, groups, -1)], dim=-1)
+
+
+def _padded(weight: Tensor) -> Tensor:
+    out_features, in_features = weight.shape
+    return F.pad(weight, (0, -in_features % GROUP, 0, -out_features % OUTPUTS))
 
 
 def _round_up(scales: Tensor) -> Tensor:

@@ -1,0 +1,307 @@
+// Linears. A row's bits depend on no other row and on no sharing out of work: every output is summed over its inputs in
+// order. Against 8-bit weights activations become 16-bit integers, whose rounding is far below bfloat16's, and sums over
+// a group are integers, so there they depend on no instruction set either.
+#pragma once
+#include "rows.h"
+#include "vec.h"
+
+namespace keypast::KEYPAST_VARIANT {
+
+constexpr float kLargest = 32767.0f;           // of an integer activation: sums over a group stay below 2^28
+constexpr float kTiniest = 1e-30f;             // activations below count as zeros, so that 1 / x is finite
+constexpr int kHalf = kGroup * kLanes;         // bytes of 16 outputs' 8-bit weights of a group
+constexpr int kHalves = kWidth == 16 ? 2 : 1;  // in a tile: all its sums stay in registers
+constexpr int kFetch = 4096;                   // bytes between fetching a weight and reading it
+
+typedef int16_t PairLane __attribute__((vector_size(kWidth * 4)));
+
+struct Pairs {  // of two inputs each, for 16 outputs
+  PairLane part[kParts];
+};
+struct Sums {
+  IntLane part[kParts];
+};
+
+// ---- activations ----
+
+KEYPAST_INLINE void store_rounded(int16_t* to, const Vec& x) {  // to the nearest integer; |x| < 2^22
+  KEYPAST_UNROLL KEYPAST_EACH {
+    const Lane biased = x.part[i] + 12582912.0f;  // 1.5 * 2^23: the sum's last bit is worth one
+    narrow((uint16_t*)to + i * kWidth, (UIntLane)((IntLane)biased - 0x4B400000));
+  }
+}
+
+template <class T>
+static void quantize_row(const T* x, int64_t width, int16_t* values, float* scales) {
+  constexpr int kVecs = kGroup / kLanes;
+  Vec faults = set(0.0f);  // NaN once a value is not finite; so are then all outputs
+  for (int64_t start = 0; start < width; start += kGroup) {
+    Vec part[kVecs], top = set(0.0f);
+    KEYPAST_UNROLL for (int i = 0; i < kVecs; ++i) {
+      const int64_t left = width - start - i * kLanes;
+      part[i] = left <= 0 ? set(0.0f) : load(x + start + i * kLanes, left < kLanes ? (int)left : kLanes);
+      top = max(max(part[i], set(0.0f) - part[i]), top);
+      faults = faults + part[i] * set(0.0f);
+    }
+    const float largest = peak(top);
+    const Vec factor = set(largest > kTiniest ? kLargest / largest : 0.0f);
+    KEYPAST_UNROLL for (int i = 0; i < kVecs; ++i) store_rounded(values + start + i * kLanes, part[i] * factor);
+    scales[start / kGroup] = largest * (1.0f / kLargest);
+  }
+  scales[0] += sum(faults);
+}
+
+// As floats, or as bfloat16 where products are of pairs of them; zeros behind.
+template <class T, class To>
+static void widen_row(const T* x, int64_t in, int64_t width, To* to) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t left = in - i;
+    store(to + i, left <= 0 ? set(0.0f) : load(x + i, left < kLanes ? (int)left : kLanes));
+  }
+}
+
+KEYPAST_INLINE float* scales_of(const Linear& a) { return a.scratch + a.rows * a.width(); }
+
+template <bool kBf16>
+static void prepare(const Linear& a, int64_t begin, int64_t end) {
+  const int64_t width = a.width(), groups = a.weight.groups(), in = a.weight.in;
+  typed(a.dtype, a.x.data, [&](auto* x) {
+    for (int64_t row = begin; row < end; ++row) {
+      const auto from = x + start_of(a.x, row);
+      if (a.weight.type == WeightType::int8)
+        quantize_row(from, in, (int16_t*)a.scratch + row * width, scales_of(a) + row * groups);
+      else if (kBf16 && a.weight.type == WeightType::bf16)
+        widen_row(from, in, width, (BFloat*)a.scratch + row * width);
+      else
+        widen_row(from, in, width, a.scratch + row * width);
+    }
+  });
+}
+
+// ---- products ----
+
+KEYPAST_INLINE PairLane lane_widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (PairLane)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (PairLane)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)from));
+#else
+  typedef int8_t ByteLane __attribute__((vector_size(kWidth * 2)));
+  ByteLane bytes;
+  memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, PairLane);
+#endif
+}
+
+template <bool kVnni>
+KEYPAST_INLINE IntLane lane_dot(IntLane sum, PairLane a, PairLane b) {
+#if defined(__AVX512F__)
+  if (!kVnni) return sum + (IntLane)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // the compiler's own form of it copies registers about
+  return sum;
+#elif defined(__AVX2__)
+  return sum + (IntLane)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return sum + ((IntLane)a << 16 >> 16) * ((IntLane)b << 16 >> 16) + ((IntLane)a >> 16) * ((IntLane)b >> 16);
+#endif
+}
+
+KEYPAST_INLINE Pairs widen_pairs(const int8_t* from) {
+  Pairs r;
+  KEYPAST_UNROLL KEYPAST_EACH r.part[i] = lane_widen(from + i * 2 * kWidth);
+  return r;
+}
+
+// sum + both products of each pair of `a` with the one pair that `b` repeats.
+template <bool kVnni>
+KEYPAST_INLINE Sums dot(const Sums& sum, const Pairs& a, PairLane b) {
+  Sums r;
+  KEYPAST_UNROLL KEYPAST_EACH r.part[i] = lane_dot<kVnni>(sum.part[i], a.part[i], b);
+  return r;
+}
+
+KEYPAST_INLINE PairLane both(const int16_t* from) {
+  int32_t pair;
+  memcpy(&pair, from, sizeof pair);
+  return (PairLane)(IntLane{} + pair);
+}
+
+KEYPAST_INLINE Vec to_floats(const Sums& x) {
+  Vec r;
+  KEYPAST_UNROLL KEYPAST_EACH r.part[i] = __builtin_convertvector(x.part[i], Lane);
+  return r;
+}
+
+// sums[m][n]: of M rows and N times 16 outputs of one group.
+template <int M, int N, bool kVnni>
+KEYPAST_INLINE void sum_group(const int8_t* weight, const int16_t* values, int64_t stride, Sums (&sums)[M][N]) {
+  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = Sums{};
+  for (int pair = 0; pair < kGroup / 2; ++pair) {
+    __builtin_prefetch(weight + kFetch + pair * N * 2 * kLanes);
+    Pairs w[N];
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) w[n] = widen_pairs(weight + n * kHalf + pair * 2 * kLanes);
+    KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+      const PairLane x = both(values + m * stride + 2 * pair);
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = dot<kVnni>(sums[m][n], w[n], x);
+    }
+  }
+}
+
+// Each of these adds to total[m][n] the products of M rows with N times 16 outputs, from the `half`th of a block on, over
+// all groups. `x` is the first row, as `prepare` left it.
+
+template <bool kVnni>
+struct Integers {
+  static constexpr WeightType type = WeightType::int8;
+  static constexpr int most_rows = 6;  // with two sums for each
+  template <int M, int N>
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+    const int64_t groups = a.weight.groups(), stride = a.width();
+    const int16_t* x = (const int16_t*)a.scratch + row * stride;
+    const float* scales = scales_of(a) + row * groups;
+    for (int64_t group = 0; group < groups; ++group, weight += group_bytes(type)) {
+      Sums sums[M][N];
+      sum_group<M, N, kVnni>((const int8_t*)weight + kOutputs * sizeof(BFloat) + half * kHalf, x + group * kGroup,
+                             stride, sums);
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
+        const Vec scale = load((const BFloat*)weight + (half + n) * kLanes);
+        KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+          total[m][n] = total[m][n] + to_floats(sums[m][n]) * scale * set(scales[m * groups + group]);
+      }
+    }
+  }
+};
+
+template <class T>
+struct Floats {
+  static constexpr WeightType type = sizeof(T) == 4 ? WeightType::f32 : WeightType::f16;
+  static constexpr int most_rows = kWidth == 16 ? 12 : 6;
+  template <int M, int N>
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+    const int64_t width = a.width();
+    const float* x = a.scratch + row * width;
+    const T* w = (const T*)weight + half * kLanes;
+    for (int64_t i = 0; i < width; ++i, w += kOutputs) {
+      __builtin_prefetch((const char*)w + kFetch);
+      Vec wide[N];
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) wide[n] = load(w + n * kLanes);
+      KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+        const Vec one = set(x[m * width + i]);
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = fma(wide[n], one, total[m][n]);
+      }
+    }
+  }
+};
+
+struct PairsOfFloats {  // bfloat16 weights where nothing multiplies them as they are
+  static constexpr WeightType type = WeightType::bf16;
+  static constexpr int most_rows = kWidth == 16 ? 10 : 5;
+  template <int M, int N>
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+    const int64_t width = a.width();
+    const float* x = a.scratch + row * width;
+    const UIntLane* w = (const UIntLane*)weight + half * kParts;
+    for (int64_t at = 0; at < width; at += 2, w += 2 * kParts) {
+      __builtin_prefetch((const char*)w + kFetch);
+      Vec even[N], odd[N];
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n)
+        KEYPAST_UNROLL KEYPAST_EACH {
+          UIntLane pair;
+          memcpy(&pair, w + n * kParts + i, sizeof pair);
+          even[n].part[i] = (Lane)(pair << 16), odd[n].part[i] = (Lane)(pair & 0xFFFF0000);
+        }
+      KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+        const Vec first = set(x[m * width + at]), second = set(x[m * width + at + 1]);
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = fma(even[n], first, total[m][n]);
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = fma(odd[n], second, total[m][n]);
+      }
+    }
+  }
+};
+
+#if defined(__AVX512F__)
+struct PairsOfBFloats {
+  static constexpr WeightType type = WeightType::bf16;
+  static constexpr int most_rows = 12;
+  template <int M, int N>
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+    const int64_t stride = a.width() * sizeof(BFloat);
+    const char* x = (const char*)a.scratch + row * stride;
+    for (int64_t pair = 0; pair < a.width() / 2; ++pair, x += 4, weight += kOutputs * 4) {
+      __m512i w[N];
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
+        __builtin_prefetch(weight + kFetch + n * 64);
+        w[n] = _mm512_loadu_si512(weight + (half + n) * 64);
+      }
+      KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n)
+          // This unit is compiled for processors without it, where it is never called.
+          asm("vdpbf16ps %2%{1to16%}, %1, %0"
+              : "+v"(total[m][n].part[0])
+              : "v"(w[n]), "m"(*(const int32_t(*)[1])(x + m * stride)));
+    }
+  }
+};
+#endif
+
+// The outputs of M rows in N halves of a block.
+template <class Products, int M, int N>
+static void multiply_tile(const Linear& a, int64_t block, int half, int64_t row) {
+  const Weight& w = a.weight;
+  Vec total[M][N];
+  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = set(0.0f);
+  Products::add(a, w.data + block * w.groups() * group_bytes(w.type), half, row, total);
+  float outputs[M][N * kLanes];  // a lambda that took hold of `total` would keep it out of registers
+  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+    KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(outputs[m] + n * kLanes, total[m][n]);
+  typed(a.dtype, a.out, [&](auto* out) {
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = block * kOutputs + (half + n) * kLanes, left = w.out - at;
+      if (left <= 0) break;
+      const int lanes = left < kLanes ? (int)left : kLanes;
+      const Vec bias = load(w.bias + at, lanes);
+      for (int m = 0; m < M; ++m)
+        store(out + (row + m) * w.out + at, load(outputs[m] + n * kLanes) + bias, lanes);
+    }
+  });
+}
+
+// Calls f with `rows`, 1 to M, as a constant.
+template <int M, class F>
+KEYPAST_INLINE void up_to(int rows, F f) {
+  if constexpr (M > 1)
+    if (rows < M) return up_to<M - 1>(rows, f);
+  f(Constant<M>{});
+}
+
+// In panels of rows equal to within one.
+template <class Products>
+static void multiply_blocks(const Linear& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const int64_t rows = last - first, panels = (rows + Products::most_rows - 1) / Products::most_rows;
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = first + rows * panel / panels, next = first + rows * (panel + 1) / panels;
+      up_to<Products::most_rows>((int)(next - row), [&](auto m) {
+        for (int half = 0; half < kOutputs / kLanes; half += kHalves)
+          multiply_tile<Products, m.value, kHalves>(a, block, half, row);
+      });
+    }
+}
+
+template <bool kVnni, bool kBf16>
+static void multiply(const Linear& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  switch (a.weight.type) {
+    case WeightType::int8: return multiply_blocks<Integers<kVnni>>(a, begin, end, first, last);
+    case WeightType::f16: return multiply_blocks<Floats<Half>>(a, begin, end, first, last);
+    case WeightType::f32: return multiply_blocks<Floats<float>>(a, begin, end, first, last);
+    case WeightType::bf16:
+#if defined(__AVX512F__)
+      if (kBf16) return multiply_blocks<PairsOfBFloats>(a, begin, end, first, last);
+#endif
+      return multiply_blocks<PairsOfFloats>(a, begin, end, first, last);
+  }
+}
+
+}  // namespace keypast::KEYPAST_VARIANT
