@@ -171,8 +171,9 @@ class ModelRunner:
             )
             new = np.arange(row.start, row.stop)
             blocks = tables[index, new // self._block_size]
+            first = at + int(row.replay)
+            slots[first : first + row.count] = blocks * self._block_size + new % self._block_size
             at += keys[index]
-            slots[at - row.count : at] = blocks * self._block_size + new % self._block_size
         np.minimum(positions, self.spec.max_length - 1, out=positions)  # padding may reach beyond, tables do not
         inputs: dict[str, Array] = {
             "query_start": query_start,
