@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "keypast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    loaded = load_model("model", options.model, LoadOptions(options.cache, 2 << 30, quantize=options.quantize), print)
+    loaded = load_model(
+        "model", options.model, LoadOptions(options.cache, kv_memory=2 << 30, quantize=options.quantize), print
+    )
     engine = Engine([loaded.runner], EngineConfig())
     assert isinstance(loaded.runner.model, torch.nn.Module)
     linears = [

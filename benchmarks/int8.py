@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     loaded = {
-        kind: load_model("model", "default", LoadOptions(options.cache, 1 << 30, quantize=kind), print)
+        kind: load_model("model", "default", LoadOptions(options.cache, kv_memory=1 << 30, quantize=kind), print)
         for kind in KINDS
     }
     engines = {kind: Engine([model.runner], EngineConfig()) for kind, model in loaded.items()}

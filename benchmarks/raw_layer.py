@@ -91,7 +91,7 @@ class Peer:
 class Ours:
     def __init__(self, cache: Path) -> None:
         spec = f"attention:hidden={HIDDEN},heads={HEADS}"
-        loaded = load_model("layer", spec, LoadOptions(cache, 4 << 30), lambda message: None)
+        loaded = load_model("layer", spec, LoadOptions(cache, kv_memory=4 << 30), lambda message: None)
         self.engine = Engine([loaded.runner], EngineConfig())
 
     def session(self, context: int) -> str:

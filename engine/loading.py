@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from engine.attention import choose
 from engine.attention.cpu import CpuBackend
@@ -10,26 +9,21 @@ from engine.errors import InvalidInput
 from engine.models import build
 from engine.models.base import LoadOptions as ModelOptions
 from engine.models.base import Progress
-from engine.parallel import Parallel
 from engine.runner import ModelRunner, Together
 from engine.text import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(ModelOptions):
     """`kv_memory` (bytes) is this model's own, on its device; `backend` is auto, or the name of one (see
-    engine.attention). `parallel` and `together`: see ModelRunner."""
+    engine.attention). `exact`: refuse where an output's bits could depend on anything but its session's own positions.
+    `together`: see ModelRunner."""
 
-    cache_dir: Path
     kv_memory: int
     block_size: int = 16
-    dtype: str = "auto"
-    kv_dtype: str = "float16"
-    device: str = "auto"
     backend: str = "auto"
     warn: Callable[[str], None] = print
-    quantize: str = "none"
-    parallel: Parallel | None = None
+    exact: bool = False
     together: Together | None = None
 
 
@@ -44,13 +38,12 @@ class LoadedModel:
 
 def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
     """Raises InvalidInput naming the spec's or the checkpoint's fault, and its fix."""
-    model_options = ModelOptions(
-        options.cache_dir, options.dtype, options.kv_dtype, options.device, options.parallel, options.quantize
-    )
-    device, _ = model_options.resolve()
+    device, _ = options.resolve()
     backend = choose(options.backend, device, options.cache_dir, options.warn, progress)
-    model_options = replace(model_options, kernels=isinstance(backend, CpuBackend))
-    loaded = build(name, spec, model_options, progress)
+    options = replace(options, kernels=isinstance(backend, CpuBackend))
+    if options.exact:
+        _check_exact(options)
+    loaded = build(name, spec, options, progress)
     model_spec = loaded.model.spec
     block_bytes = model_spec.kv.position_bytes * options.block_size
     if options.parallel is not None and model_spec.device != "cpu":
@@ -60,3 +53,17 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
         raise InvalidInput("kv_memory", f"{options.kv_memory} bytes hold no block of {name}, which takes {block_bytes}")
     runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size, options.parallel, options.together)
     return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)
+
+
+def _check_exact(options: LoadOptions) -> None:
+    """Sums of the native kernels run in one order, by absolute position and row by row; two ranks' have no other.
+    Raises InvalidInput that names what differs elsewhere."""
+    if not options.kernels:
+        differs = "linears and attention without the native kernels, whose sums' order depends on the number of rows"
+    elif options.parallel is not None and options.parallel.model.size > 2:
+        differs = f"the sum over {options.parallel.model.size} ranks, whose order depends on the number of rows"
+    else:
+        return
+    raise InvalidInput(
+        "exact", f"cannot be promised here: {differs}; serve on the CPU with at most 2 ranks, or leave it"
+    )

@@ -34,6 +34,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: decoders' weights in 8 bits, on the CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact", help="Refuse to start where bits could depend on batch mates or chunks.")
+    ] = None,
     kv_memory: Annotated[
         str | None, typer.Option(help="For keys and values: 4GiB, or a share of the free memory: 25%.")
     ] = None,
@@ -49,6 +52,7 @@ def serve(
         "dtype": dtype,
         "quantize": quantize,
         "device": device,
+        "exact": exact,
         "kv_memory": kv_memory,
         "threads": threads,
         "model_parallel": model_parallel,

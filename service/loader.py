@@ -35,6 +35,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
         quantize=settings.quantize,
         device=settings.device,
         backend=settings.attention_backend,
+        exact=settings.exact,
         warn=logger.warning,
     )
     if settings.model_parallel == 1:

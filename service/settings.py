@@ -45,6 +45,10 @@ class Settings(BaseSettings):
     attention_backend: Literal["auto", "cpu", "sdpa"] = Field(
         default="auto", description="sdpa is the slow reference; auto: the fastest that the device has"
     )
+    exact: bool = Field(
+        default=False,
+        description="refuse to start where an output's bits could depend on batch mates, chunks, forks or rollbacks",
+    )
     threads: int = Field(default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core")
     model_parallel: int = Field(
         default=1, ge=1, le=64, description="ranks that share each model by its heads: processes, on GPUs one each"

@@ -47,7 +47,8 @@ def weights(oracle: torch.nn.MultiheadAttention, tmp_path_factory: pytest.TempPa
 
 def serve(weights: Path, backend_name: str, **options: Any) -> Served:
     spec = f"attention:hidden={HIDDEN},heads={HEADS},weights={weights}"
-    loaded = build("layer", spec, LoadOptions(CACHE, **{"dtype": "float32", "kv_dtype": "float32", **options}), print)
+    given = {"dtype": "float32", "kv_dtype": "float32", "kernels": backend_name == "cpu", **options}
+    loaded = build("layer", spec, LoadOptions(CACHE, **given), print)
     return Served(ModelRunner(loaded.model, backend(backend_name), 200, 16))
 
 

@@ -41,7 +41,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def serve_attention(weights: Path, backend_name: str = "cpu", kv_dtype: str = "float32") -> Served:
     spec = f"attention:hidden={HIDDEN},heads={HEADS},weights={weights}"
-    loaded = build("layer", spec, LoadOptions(CACHE, dtype="float32", kv_dtype=kv_dtype), print)
+    loaded = build(
+        "layer", spec, LoadOptions(CACHE, dtype="float32", kv_dtype=kv_dtype, kernels=backend_name == "cpu"), print
+    )
     return Served(ModelRunner(loaded.model, backend(backend_name), 200, 16))
 
 

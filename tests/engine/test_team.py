@@ -18,7 +18,7 @@ from tests.engine.test_attention_model import causal
 FAMILIES = ("llama-tied-biased", "qwen3", "gpt2")
 LAYER = "attention:hidden=24,heads=4"
 EVERY_OPTION = "attention:hidden=24,heads=4,kv_heads=2,kdim=24,bias=0,add_bias_kv=1,add_zero_attn=1,rotary=100"
-OPTIONS = LoadOptions(CACHE, 8 << 20, dtype="float32", kv_dtype="float32")
+OPTIONS = LoadOptions(CACHE, kv_memory=8 << 20, dtype="float32", kv_dtype="float32")
 ALL = Want(logits="all")
 Pair = Callable[..., tuple[Served, Served]]
 

@@ -16,7 +16,7 @@ from tests.engine.models import CACHE, Served
 from tests.engine.test_attention_model import causal, tensors
 
 LAYER = "attention:hidden=24,heads=4"
-OPTIONS = LoadOptions(CACHE, 8 << 20, dtype="float32", kv_dtype="float32")
+OPTIONS = LoadOptions(CACHE, kv_memory=8 << 20, dtype="float32", kv_dtype="float32")
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
