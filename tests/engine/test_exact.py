@@ -16,6 +16,7 @@ from engine.errors import InvalidInput
 from engine.loading import LoadOptions, load_model
 from engine.models import build
 from engine.models.base import LoadOptions as ModelOptions
+from engine.parallel import Parallel, Ranks
 from engine.runner import ModelRunner
 from tests.engine.models import CACHE, Served, backend, reference_model, serve_checkpoint
 
@@ -146,3 +147,9 @@ def test_elsewhere_it_is_refused_and_what_differs_is_named() -> None:
     with pytest.raises(InvalidInput, match="linears and attention without the native kernels") as refused:
         load_model("layer", "attention:hidden=32,heads=2", options(backend="sdpa"), print)
     assert refused.value.field == "exact"
+
+
+def test_three_ranks_may_add_in_another_order() -> None:
+    ranks = Parallel(Ranks(None, 0, 1), Ranks(None, 0, 3))  # type: ignore[arg-type]  # never reached: there is no group
+    with pytest.raises(InvalidInput, match="the sum over 3 ranks"):
+        load_model("layer", "attention:hidden=48,heads=6", options(parallel=ranks), print)
