@@ -12,15 +12,23 @@ from engine.specs import KVSpec
 class KVPool:
     """K (layers, blocks, kv_heads, head_dim, block_size) and V (layers, blocks, kv_heads, block_size, head_dim).
 
+    On a CPU, K is laid out as it is shaped: a vector register holds one channel of many keys. Elsewhere K is laid out
+    as V is, because tensor cores want a key's channels side by side: `k` is a view with its last two axes exchanged.
+
     Nothing is written before a session writes it: on the CPU an unused block costs address space and no memory. What a
     slot held before is never read; `zero` is there so that nothing of a deleted session is left.
     """
 
-    def __init__(self, spec: KVSpec, blocks: int, block_size: int, device: str | torch.device) -> None:
+    def __init__(
+        self, spec: KVSpec, blocks: int, block_size: int, device: str | torch.device, transposed: bool | None = None
+    ) -> None:
         dtype = getattr(torch, spec.dtype)
         heads, width = spec.kv_heads, spec.head_dim
         self.kv_heads = heads
-        self.k = torch.empty(spec.layers, blocks, heads, width, block_size, dtype=dtype, device=device)
+        transposed = torch.device(device).type == "cpu" if transposed is None else transposed
+        inner = (width, block_size) if transposed else (block_size, width)
+        k = torch.empty(spec.layers, blocks, heads, *inner, dtype=dtype, device=device)
+        self.k = k if transposed else k.transpose(-1, -2)
         self.v = torch.empty(spec.layers, blocks, heads, block_size, width, dtype=dtype, device=device)
         self.layers: list[tuple[Tensor, Tensor]] = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
 

@@ -33,6 +33,11 @@ class Plan:
     need_weights: bool
 
     @property
+    def steps(self) -> bool:
+        """Each row has exactly one query."""
+        return bool((np.diff(self.attention["query_start"]) == 1).all())
+
+    @property
     def is_empty(self) -> bool:
         return not len(self.attention["positions"]) and not len(self.attention["slots"])
 
@@ -83,8 +88,8 @@ class ModelRunner:
     def execute(self, plan: Plan) -> tuple[Tensor, PagedView]:
         """The blocks' copies and the forward pass: hidden states (T, H), and the view that they were computed over."""
         self._pool.copy(plan.copies)
-        attention = {name: self._tensor(array) for name, array in plan.attention.items()}
-        inputs = AttentionInputs(causal=self.spec.causal, **attention)
+        attention: dict[str, Any] = {name: self._tensor(array) for name, array in plan.attention.items()}
+        inputs = AttentionInputs(causal=self.spec.causal, steps=plan.steps, **attention)
         view = PagedView(self._pool, inputs, self.backend, [] if plan.need_weights else None)
         if plan.is_empty:
             return torch.empty(0), view

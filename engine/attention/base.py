@@ -5,7 +5,8 @@ Layouts (R rows, T queries and S new keys of all rows packed, W blocks in the wi
     q          (T, heads, head_dim)       any strides, last axis contiguous
     k, v       (S, kv_heads, head_dim)    likewise; query head h reads kv head h // (heads / kv_heads)
     K blocks   (blocks, kv_heads, head_dim, block_size)    keys transposed inside a block: a vector register holds one
-                                                           channel of many keys, so scores need no horizontal sums
+                                                           channel of many keys, so scores need no horizontal sums;
+                                                           on a GPU a view of keys that lie as values do
     V blocks   (blocks, kv_heads, block_size, head_dim)
 
 Row r owns queries [query_start[r], query_start[r+1]); its query i stands at absolute position past_length[r] + i and
@@ -35,6 +36,7 @@ class AttentionInputs:
     causal: bool
     bias: Tensor | None = None  # float32, added to scores: each row's (n_r, present_length[r]), flattened, end to end
     bias_start: Tensor | None = None  # int64 (R + 1,) offsets into `bias`
+    steps: bool = False  # the host knows that each row has exactly one query, and that there are no others
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,13 @@ class Backend(Protocol):
         Scores are in float32 at least; a query whose every key is masked (-inf bias) gives zeros, if the layer has no
         keys of its own. Slots that hold no valid position may contain anything, NaN too, and must not reach the output.
         Queries of no row give zeros. Raises ValueError or RuntimeError for `rotary` where S is not T."""
+        ...
+
+    def probabilities(
+        self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
+    ) -> list[Tensor]:
+        """What `attend` weighed the values with, once it has written the keys: a row's (heads, n_r, present_length +
+        E), in `scoring.softmax_dtype`. Reads lengths on the host."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,11 @@ class CpuBackend:
         )
         return attended
 
+    def probabilities(
+        self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
+    ) -> list[Tensor]:
+        return self._truth.probabilities(q, k_blocks, inputs, rotary, scoring)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if residual is None:
             return self._rms_norm(x, weight, eps), x

@@ -48,6 +48,19 @@ class SdpaBackend:
             out[queries] = attended.transpose(0, 1)
         return out.flatten(1).to(v.dtype)
 
+    def probabilities(
+        self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
+    ) -> list[Tensor]:
+        q = rotate(q, rotary, inputs.positions)
+        rows = []
+        for row, queries in _rows(inputs):
+            heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
+            keys = _gather_keys(k_blocks, inputs, row)
+            keys, _, bias = with_extra(keys, None, dense_mask(inputs, row), scoring)
+            keys = keys.repeat_interleave(heads.shape[0] // keys.shape[0], 0)
+            rows.append(probabilities(heads, keys, bias, scoring))
+        return rows
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = x if residual is None else x + residual
         wide = _wide(total)
@@ -62,21 +75,6 @@ class SdpaBackend:
         self, x: Tensor, blocks: PackedBlocks, k: Tensor, v: Tensor, inputs: AttentionInputs, rotary: Rotary | None
     ) -> Tensor | None:
         return None
-
-
-def paged_probabilities(
-    q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
-) -> list[Tensor]:
-    """What `attend` weighs the values with, once the keys are written: a row's (heads, n_r, present_length + E)."""
-    q = rotate(q, rotary, inputs.positions)
-    rows = []
-    for row, queries in _rows(inputs):
-        heads = q[queries].transpose(0, 1).float()  # (heads, n, d)
-        keys = _gather_keys(k_blocks, inputs, row)
-        keys, _, bias = with_extra(keys, None, dense_mask(inputs, row), scoring)
-        keys = keys.repeat_interleave(heads.shape[0] // keys.shape[0], 0)
-        rows.append(probabilities(heads, keys, bias, scoring))
-    return rows
 
 
 def rotate(x: Tensor, rotary: Rotary | None, positions: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from engine.attention.base import AttentionInputs, Backend, PackedBlocks, Rotary, Scoring
-from engine.attention.sdpa import paged_probabilities
 from engine.kv_pool import KVPool
 
 
@@ -31,7 +30,7 @@ class PagedView:
         k_blocks, v_blocks = self._pool.layers[layer]
         attended = self.backend.attend(q, k, v, k_blocks, v_blocks, self.inputs, rotary, scoring)
         if self.weights is not None:
-            self.weights.append(paged_probabilities(q, k_blocks, self.inputs, rotary, scoring))
+            self.weights.append(self.backend.probabilities(q, k_blocks, self.inputs, rotary, scoring))
         return attended
 
     def written(self, layer: int) -> tuple[Tensor, Tensor]:

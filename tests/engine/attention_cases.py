@@ -1,6 +1,7 @@
 """Ragged batches over scattered blocks, made concrete, and the attention contract in float64 to hold a backend to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ class World:
         """The output, and the pools as they are afterwards."""
         pools = self.k_blocks.clone(), self.v_blocks.clone()
         return backend.attend(self.q, self.k, self.v, *pools, self.inputs, self.rotary, self.scoring), *pools
+
+    def to(self, device: str) -> "World":
+        """The same on another device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device)
+            elif isinstance(value, (AttentionInputs, Rotary, Scoring)):
+                tensors = {each.name: getattr(value, each.name) for each in fields(value)}
+                tensors = {name: each.to(device) for name, each in tensors.items() if isinstance(each, Tensor)}
+                moved[field.name] = replace(value, **tensors)
+        return replace(self, **moved)
 
 
 def make(case: Case) -> World:

@@ -14,9 +14,10 @@ LAYERS, HEADS, WIDTH = 2, 3, 5
 lengths_of_rows = st.lists(st.integers(0, 13), min_size=1, max_size=4)
 
 
-def filled(block_size: int, dtype: str = "float32") -> KVPool:
+def filled(block_size: int, dtype: str = "float32", transposed: bool = True) -> KVPool:
     """Every slot of every block holds its own numbers, one of them NaN."""
-    pool = KVPool(KVSpec(LAYERS, HEADS, WIDTH, dtype), 60, block_size, "cpu")
+    pool = KVPool(KVSpec(LAYERS, HEADS, WIDTH, dtype), 60, block_size, "cpu", transposed)
+    assert pool.k.is_contiguous() == (transposed or block_size == 1)
     for tensor in (pool.k, pool.v):
         tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
     pool.k[:, 0, 0, 0, 0] = torch.nan  # the null block holds what padding left there
@@ -33,9 +34,11 @@ def layout(lengths: list[int], block_size: int, seed: int) -> tuple[Tensor, Tens
 
 
 @settings(deadline=None)
-@given(lengths=lengths_of_rows, block_size=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99))
-def test_reading_is_slot_by_slot(lengths: list[int], block_size: int, seed: int) -> None:
-    pool = filled(block_size)
+@given(
+    lengths=lengths_of_rows, block_size=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99), transposed=st.booleans()
+)
+def test_reading_is_slot_by_slot(lengths: list[int], block_size: int, seed: int, transposed: bool) -> None:
+    pool = filled(block_size, transposed=transposed)
     tables, valid = layout(lengths, block_size, seed)
     for layer in range(LAYERS):
         k, v = pool.read(layer, tables, valid)
@@ -53,11 +56,13 @@ def test_reading_is_slot_by_slot(lengths: list[int], block_size: int, seed: int)
 
 
 @settings(deadline=None)
-@given(lengths=lengths_of_rows, block_size=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99))
+@given(
+    lengths=lengths_of_rows, block_size=st.sampled_from([1, 4, 16]), seed=st.integers(0, 99), transposed=st.booleans()
+)
 def test_writing_then_reading_gives_what_was_written_and_touches_no_other_block(
-    lengths: list[int], block_size: int, seed: int
+    lengths: list[int], block_size: int, seed: int, transposed: bool
 ) -> None:
-    pool, before = filled(block_size), filled(block_size)
+    pool, before = filled(block_size, transposed=transposed), filled(block_size)
     tables, valid = layout(lengths, block_size, seed)
     k = torch.randn(len(lengths), HEADS, WIDTH, max(lengths))
     v = torch.randn(len(lengths), HEADS, max(lengths), WIDTH)
@@ -79,3 +84,14 @@ def test_values_of_the_pool_s_dtype_come_back_exactly(dtype: str) -> None:
     k, v = source.read(0, tables, valid)
     target.write(0, tables, valid, k.float(), v.float())
     assert all(map(torch.equal, target.read(0, tables, valid), (k, v)))
+
+
+def test_blocks_of_either_layout_are_copied_and_zeroed_alike() -> None:
+    pools = filled(4), filled(4, transposed=False)
+    for pool in pools:
+        pool.copy([(5, 7), (6, 8)])
+        pool.zero([5, 9])
+    for ours, other in zip((pools[0].k, pools[0].v), (pools[1].k, pools[1].v), strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(pools[1].k[:, 7], filled(4).k[:, 5])
+    assert not pools[1].k[:, [5, 9]].any()
