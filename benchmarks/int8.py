@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.engine_step import prefilled, step
+from benchmarks.engine_step import prefilled, read, step, step_bytes
 from benchmarks.peers.compare import median_ms
 from engine.batch import Append, Want
 from engine.checkpoints.gguf import convert, default_model
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.layers import Linear
 from engine.loading import LoadedModel, LoadOptions, load_model
 
 KINDS = ("none", "int8")
@@ -62,7 +61,7 @@ def measure(
     engines: dict[str, Engine], loaded: dict[str, LoadedModel], sessions: int, context: int, rounds: int
 ) -> dict[str, float]:
     """Medians of interleaved rounds, and int8's best."""
-    size = weight_bytes(loaded["int8"]) + sessions * context * loaded["int8"].runner.spec.kv.position_bytes
+    size = step_bytes(loaded["int8"], sessions, context)
     memory = torch.ones(size // 8, dtype=torch.int64)  # zeros would be one page, mapped many times
     ids = {kind: [prefilled(engine, context) for _ in range(sessions)] for kind, engine in engines.items()}
     times: dict[str, list[float]] = {"read": [], "none": [], "int8": []}
@@ -87,16 +86,6 @@ def measure(
     }
     print("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
     return found
-
-
-def read(memory: Tensor) -> None:
-    memory.sum()
-
-
-def weight_bytes(loaded: LoadedModel) -> int:
-    assert isinstance(loaded.runner.model, torch.nn.Module)
-    packed = [module.packed for module in loaded.runner.model.modules() if isinstance(module, Linear)]
-    return sum(weight.nbytes for weight in packed if weight is not None)
 
 
 def errors(engines: dict[str, Engine], loaded: LoadedModel, cache: Path) -> dict[str, dict[str, float]]:
