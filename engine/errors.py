@@ -112,6 +112,14 @@ class PoolExhausted(Refused):
     """No blocks came free before the wait deadline."""
 
 
+class DeviceFull(Refused):
+    """The forward pass needed more memory than the device had free; whatever the append had reserved was rolled
+    back."""
+
+    def __init__(self) -> None:
+        super().__init__("the device has too little memory free for this; the session is unchanged, try again later")
+
+
 class ModelFailed(EngineError):
     """The forward pass raised; whatever the append had reserved was rolled back."""
 

@@ -1,5 +1,6 @@
 """Owns the device: a batch becomes a plan, one forward pass, results. Decides nothing."""
 
+import contextlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from engine.attention.mask import ragged_bias
 from engine.attention.view import PagedView
 from engine.batch import Array, Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK, blocks_for
+from engine.errors import DeviceFull
 from engine.kv_pool import KVPool
 from engine.models.base import Model
 from engine.parallel import Parallel
@@ -74,10 +76,13 @@ class ModelRunner:
         self._pool = KVPool(kv, blocks, block_size, model.spec.device)
 
     def run(self, batch: Batch) -> list[RowResult]:
-        plan = self.plan(batch)
-        with self._together("execute", plan):
-            hidden, view = self.execute(plan)
-        return self.outputs(batch, hidden, view)
+        """Raises DeviceFull, and what else a model may raise."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            plan = self.plan(batch)
+            with self._together("execute", plan):
+                hidden, view = self.execute(plan)
+            return self.outputs(batch, hidden, view)
+        raise DeviceFull  # out here, with no trace of that error, which would hold what the pass had made
 
     def plan(self, batch: Batch) -> Plan:
         computed = [row for row in batch.rows if row.count or row.queries or row.replay]

@@ -24,7 +24,7 @@
         │   ├── QueueFull          too many appends wait
         │   ├── QuotaExceeded      the caller has what its quota allows
         │   ├── PoolExhausted      no blocks came free in time
-        │   └── Unavailable        loading, draining or down
+        │   └── Unavailable        loading, draining or down; no memory left on the device
         └── ServerError            500 and the rest
             └── ModelFailed        500: the session is as before
 
@@ -159,7 +159,7 @@ class PoolExhausted(Refused):
 
 
 class Unavailable(Refused):
-    """The service is loading, draining or down."""
+    """The service is loading, draining or down, or its device has too little memory free."""
 
 
 class ServerError(StatusError):
@@ -193,6 +193,7 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.POOL_EXHAUSTED: PoolExhausted,
     Code.NOT_READY: Unavailable,
     Code.ENGINE_STOPPED: Unavailable,
+    Code.DEVICE_FULL: Unavailable,
     Code.MODEL_FAILED: ModelFailed,
     Code.INTERNAL: ServerError,
 }

@@ -65,6 +65,7 @@ class Code(StrEnum):
     INTERNAL = "internal"  # 500
     NOT_READY = "not_ready"  # 503, the models are still loading
     ENGINE_STOPPED = "engine_stopped"  # 503
+    DEVICE_FULL = "device_full"  # 503, the pass needed more memory than was free
 
 
 class Request(BaseModel):

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from engine.errors import (
+    DeviceFull,
     EngineError,
     EngineStopped,
     InvalidInput,
@@ -64,6 +65,7 @@ ENGINE_ERRORS: dict[type[EngineError], tuple[HTTPStatus, Code]] = {
     PoolExhausted: (HTTPStatus.TOO_MANY_REQUESTS, Code.POOL_EXHAUSTED),
     ModelFailed: (HTTPStatus.INTERNAL_SERVER_ERROR, Code.MODEL_FAILED),
     EngineStopped: (HTTPStatus.SERVICE_UNAVAILABLE, Code.ENGINE_STOPPED),
+    DeviceFull: (HTTPStatus.SERVICE_UNAVAILABLE, Code.DEVICE_FULL),
 }
 
 _HTTP_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}

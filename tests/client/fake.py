@@ -37,6 +37,7 @@ STATUS = {
     Code.POOL_EXHAUSTED: 429,
     Code.NOT_READY: 503,
     Code.ENGINE_STOPPED: 503,
+    Code.DEVICE_FULL: 503,
     Code.MODEL_FAILED: 500,
 }
 

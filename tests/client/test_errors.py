@@ -27,6 +27,7 @@ LEAVES = {
     Code.POOL_EXHAUSTED: errors.PoolExhausted,
     Code.NOT_READY: errors.Unavailable,
     Code.ENGINE_STOPPED: errors.Unavailable,
+    Code.DEVICE_FULL: errors.Unavailable,
     Code.MODEL_FAILED: errors.ModelFailed,
 }
 

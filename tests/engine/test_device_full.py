@@ -1,0 +1,72 @@
+"""A pass that needs more memory than the device has: refused for now, rolled back, and nothing is held by the refusal."""
+
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.attention.view import PagedView
+from engine.batch import Append
+from engine.errors import DeviceFull
+from engine.layers import MultiHeadAttention
+from engine.models.attention import AttentionModel, attention_spec
+from engine.runner import ModelRunner
+from tests.engine.models import Served, backend
+
+HIDDEN = 8
+
+
+class Scarce(AttentionModel):
+    """Has room for `room` queries; notices whether what it made before there was none is let go."""
+
+    room = 10
+    made: "weakref.ref[Tensor] | None" = None
+
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
+        out = super().forward(inputs, kv)  # keys and values are written by then
+        if len(out) > self.room:
+            self.made = weakref.ref(out)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return out
+
+
+@pytest.fixture
+def served() -> Served:
+    layer = MultiHeadAttention(HIDDEN, 2, compute_dtype=torch.float32).requires_grad_(False).eval()
+    spec = attention_spec("scarce", layer, kv_dtype="float32", max_length=200, fingerprint="")
+    return Served(ModelRunner(Scarce(spec, layer), backend("sdpa"), 12, 16))
+
+
+def inputs(count: int) -> dict[str, Any]:
+    wide = np.random.default_rng(count).normal(size=(1, count, HIDDEN)).astype(np.float32)
+    return {"query": wide, "key": wide, "value": wide, "attention_mask": np.ones((1, count, count), np.float32)}
+
+
+def test_too_large_a_pass_is_refused_for_now_and_rolled_back(served: Served) -> None:
+    session = served.open()
+    before = served.engine.capacity()
+    with pytest.raises(DeviceFull, match="try again later") as refused:
+        served.append(session, inputs(40))
+    info = served.engine.session(session)
+    assert (served.engine.capacity(), info.valid_length, info.version, info.state) == (before, [0], 0, "idle")
+    assert refused.value.__cause__ is refused.value.__context__ is None
+    model = served.runner.model
+    assert isinstance(model, Scarce)
+    assert model.made is not None
+    assert model.made() is None  # what the pass had made is free again
+    assert served.append(session, inputs(5)).valid_length == [5]
+
+
+def test_only_what_does_not_fit_alone_is_refused(served: Served) -> None:
+    """Together they pass the room, as does the third by itself."""
+    appends = [Append(served.open(), inputs(count)) for count in (6, 7, 12)]
+    for append in appends:
+        served.engine.submit(append)
+    while served.engine.run_once():
+        served.engine.check()
+    assert [append.future.result(0).valid_length for append in appends[:2]] == [[6], [7]]
+    assert isinstance(appends[2].future.exception(0), DeviceFull)
+    assert served.engine.session(appends[2].session_id).valid_length == [0]
