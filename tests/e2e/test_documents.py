@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from _pytest.mark import ParameterSet
 
 from examples import attention_session, decoder_session
 from tests.e2e.test_server import ROOT, Server
@@ -79,7 +80,13 @@ def test_readme_python(code: str, address: str, tmp_path: Path) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize("code", blocks(MIGRATING, "python"))
+def snippets(document: str) -> list[ParameterSet]:
+    """Those that start processes of their own are for the slow suite."""
+    found = blocks(document, "python")
+    return [pytest.param(code, marks=[pytest.mark.slow] if "torch.distributed" in code else []) for code in found]
+
+
+@pytest.mark.parametrize("code", snippets(MIGRATING))
 def test_migrating_python(code: str, address: str, tmp_path: Path) -> None:
     """A snippet prints what its comments say, no more and no less."""
     printed = run_snippet(code.replace(SERVICE, address), tmp_path)

@@ -11,10 +11,10 @@ from keypast import Client
 from tests.e2e.test_server import FAKES, Server
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server(FAKES, ping_seconds="0.1", event_ring="64", max_event_streams="3") as running:
-        yield running
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with Server(FAKES, ping_seconds="0.1", event_ring="64", max_event_streams="3") as server:
+        yield server.address()
 
 
 def raw(address: str, head: str) -> socket.socket:
@@ -24,8 +24,8 @@ def raw(address: str, head: str) -> socket.socket:
     return connection
 
 
-def test_a_reader_goes_on_where_it_was_cut(server: Server) -> None:
-    with Client(server.address()) as client:
+def test_a_reader_goes_on_where_it_was_cut(address: str) -> None:
+    with Client(address) as client:
         feed = client.events()
         for name in "ab":
             client.sessions.create("echo", id=name)
@@ -38,8 +38,7 @@ def test_a_reader_goes_on_where_it_was_cut(server: Server) -> None:
     assert told == [("created", "c"), ("deleted", "c"), ("created", "d")]
 
 
-def test_readers_that_leave_or_do_not_read_hold_up_nobody(server: Server) -> None:
-    address = server.address()
+def test_readers_that_leave_or_do_not_read_hold_up_nobody(address: str) -> None:
     with Client(address) as client:
         for _ in range(6):  # twice as many as may be open at once
             raw(address, "GET").close()
@@ -57,18 +56,18 @@ def test_readers_that_leave_or_do_not_read_hold_up_nobody(server: Server) -> Non
         lazy.close()
 
 
-def test_a_head_request_ends(server: Server) -> None:
-    address = server.address()
+def test_a_head_request_ends(address: str) -> None:
     for _ in range(5):
         with raw(address, "HEAD") as connection:
             reply = connection.recv(4096)
             assert reply.startswith(b"HTTP/1.1 200")
 
 
-def test_a_signal_ends_the_stream_and_the_process(server: Server) -> None:
-    with Client(server.address()) as client, client.events() as feed:
-        session = client.sessions.create("letters")
-        server.process.send_signal(signal.SIGTERM)
-        assert [event.session_id for event in feed] == [session.id]
-    code, printed = server.ends(20)
+def test_a_signal_ends_the_stream_and_the_process() -> None:
+    with Server(FAKES) as server:
+        with Client(server.address()) as client, client.events() as feed:
+            session = client.sessions.create("letters")
+            server.process.send_signal(signal.SIGTERM)
+            assert [event.session_id for event in feed] == [session.id]
+        code, printed = server.ends(20)
     assert (code, "Traceback" in printed) == (0, False)

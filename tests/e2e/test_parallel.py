@@ -112,6 +112,7 @@ def test_both_have_room_for_as_much_and_say_the_same_of_their_models(clients: li
     assert cut == whole
 
 
+@pytest.mark.slow
 def test_sigterm_ends_every_process(settings: dict[str, str]) -> None:
     with Server("service", **settings, model_parallel="2") as server:
         address = server.address()
@@ -139,6 +140,7 @@ def test_no_process_outlives_a_service_that_is_killed(settings: dict[str, str], 
         until(lambda: not any(map(runs, processes)))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_takes_the_service_down(settings: dict[str, str]) -> None:
     """What runs is told, nothing hangs, and the process still ends as it is told to."""
     with Server("service", **settings, model_parallel="2") as server:

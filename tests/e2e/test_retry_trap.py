@@ -8,17 +8,17 @@ import httpx
 import pytest
 
 from keypast import AppendResult, AsyncClient, Client, Retries, Session
-from tests.e2e.fake_service import STEP
 from tests.e2e.losing_proxy import LosingProxy
 from tests.e2e.test_server import FAKES, Server
 from tests.service.fakes import KINDS, Kind
 
 DECODER = KINDS["decoder"]
+STEP = 0.15  # seconds a batch takes
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[str]:
-    with Server(FAKES) as server:
+    with Server(FAKES, str(STEP)) as server:
         yield server.address()
 
 

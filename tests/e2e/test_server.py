@@ -30,11 +30,11 @@ FAKES = "tests.e2e.fake_service"
 class Server:
     """`lines` as they are printed."""
 
-    def __init__(self, module: str, **settings: str) -> None:
+    def __init__(self, module: str, *arguments: str, **settings: str) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KEYPAST_")}
         environment |= {f"KEYPAST_{key.upper()}": value for key, value in ({"port": "0"} | settings).items()}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
         )
         self._printed: Queue[str] = Queue()
         self.lines: list[str] = []
@@ -122,7 +122,10 @@ def test_sigterm_drains_and_exits_0(server: Server, kind: Kind) -> None:
 
 
 def test_sigterm_cuts_a_stream_short_and_ends_it_well() -> None:
-    with Server(FAKES, drain_seconds="0.1") as server, httpx.Client(base_url=server.address(), timeout=30) as client:
+    with (
+        Server(FAKES, "0.2", drain_seconds="0.1") as server,
+        httpx.Client(base_url=server.address(), timeout=30) as client,
+    ):
         path = prefilled(client, KINDS["decoder"])
         with client.stream("POST", f"{path}/generate", json={"max_tokens": 50, "stream": True}) as stream:
             parts = stream.iter_text()
@@ -199,42 +202,42 @@ def test_a_model_that_is_not_there_is_one_clear_line() -> None:
 
 
 def test_the_attention_layer_over_the_wire(tmp_path: Path) -> None:
-    """The real loader and the real layer: two steps after one prefill are as one prefill of all."""
-    settings = {"models": "layer=attention:hidden=8,heads=2", "attention_backend": "sdpa", "kv_memory": "16MiB"}
+    """The real loader and the real layer, by itself and as cross-attention, in two dtypes; and a real end."""
+    models = "default=attention:hidden=8,heads=2 layer=attention:hidden=8,heads=2,dtype=float32"
+    settings = {"models": models, "kv_memory": "16MiB", "kv_dtype": "float32", "attention_backend": "sdpa"}
     with Server("service", cache_dir=str(tmp_path), **settings) as server:
-        with httpx.Client(base_url=server.address(), timeout=30) as client:
-            outputs = []
-            for chunks in ([3, 1, 1], [5]):
-                path = client.post("/v1/sessions", json={"model": "layer"}).headers["location"]
-                past = 0
-                for n in chunks:
-                    reply = client.post(f"{path}/prefill", json=_chunk(past, n))
-                    assert reply.status_code == 200, reply.text
-                    past += n
-                outputs.append(reply.json()["outputs"]["attn_out"]["data"][0][-1])
-            assert outputs[0] == pytest.approx(outputs[1], abs=2e-2)
-            assert client.get("/v1/models").json()["data"][0]["kind"] == "attention"
+        address = server.address()
+        with httpx.Client(base_url=address, timeout=30) as client:
+            _chunked(client)
+        for binary in (True, False):
+            with Client(address, binary=binary) as client_of_ours:
+                _cross(client_of_ours)
         server.process.send_signal(signal.SIGTERM)
         code, printed = server.ends()
     assert (code, "Traceback" in printed) == (0, False)
 
 
-def test_cross_attention_over_the_wire(tmp_path: Path) -> None:
-    """Rows of 5 and 3 keys brought once and asked by queries alone, at once and one by one; rows then grow."""
-    layer = "layer=attention:hidden=8,heads=2,dtype=float32"
-    settings = {"models": layer, "kv_memory": "16MiB", "kv_dtype": "float32", "attention_backend": "sdpa"}
-    with Server("service", cache_dir=str(tmp_path), **settings) as server:
-        address = server.address()
-        for binary in (True, False):
-            with Client(address, binary=binary) as client:
-                _cross(client)
+def _chunked(client: httpx.Client) -> None:
+    """Two steps after one prefill are as one prefill of all."""
+    outputs = []
+    for chunks in ([3, 1, 1], [5]):
+        path = client.post("/v1/sessions", json={"model": "default"}).headers["location"]
+        past = 0
+        for n in chunks:
+            reply = client.post(f"{path}/prefill", json=_chunk(past, n))
+            assert reply.status_code == 200, reply.text
+            past += n
+        outputs.append(reply.json()["outputs"]["attn_out"]["data"][0][-1])
+    assert outputs[0] == pytest.approx(outputs[1], abs=2e-2)
+    assert client.get("/v1/models").json()["data"][0]["kind"] == "attention"
 
 
 def _cross(client: Client) -> None:
+    """Rows of 5 and 3 keys brought once and asked by queries alone, at once and one by one; rows then grow."""
     random = np.random.default_rng(0)
     query, key, value = (random.normal(size=(2, n, 8)).astype(np.float32) for n in (6, 5, 5))
     mask = random.random((2, 6, 5)) < 0.6
-    shapes = {tensor.name: tensor.shape for tensor in client.models()[0].inputs}
+    shapes = {tensor.name: tensor.shape for card in client.models() for tensor in card.inputs if card.id == "layer"}
     assert (shapes["query"], shapes["key"]) == (["B", "n", 8], ["B", "m", 8])
     whole = client.sessions.create("layer", batch_size=2).prefill(
         query=query, key=key, value=value, attention_mask=mask, batch_valid_length=[5, 3]

@@ -631,6 +631,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "keypast.so" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # two processes that import torch
 def test_another_process_finds_the_build_or_says_why_not(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "engine.kernels.build", "--cache", str(tmp_path), "--compiler", "no-such-compiler"]
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
