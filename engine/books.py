@@ -105,8 +105,8 @@ class Books:
             check_version(expected_version, session)
             return self._info(session)
 
-    def sessions(self, tenant: str = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
-        """The tenant's sessions, or those of them that are wanted, oldest first."""
+    def sessions(self, tenant: str | None = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
+        """The tenant's sessions (None: everybody's), or those of them that are wanted, oldest first."""
         with self._lock:
             self._expire()
             return [self._info(session) for session in self._store.select(tenant, wanted)]

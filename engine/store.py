@@ -4,7 +4,8 @@ import math
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from heapq import merge
 from itertools import chain, islice
 
 from engine.errors import InvalidInput, QueueFull, SessionExists, SessionGone, SessionNotFound
@@ -40,10 +41,15 @@ class SessionStore:
         """Oldest first."""
         return list(self._sessions.get(tenant, {}).values())
 
-    def select(self, tenant: str, wanted: SessionFilter) -> list[Session]:
-        """Oldest first. It looks at the sessions alone, at none after the last that is wanted."""
-        own = self._sessions.get(tenant, {}).values()
+    def select(self, tenant: str | None, wanted: SessionFilter) -> list[Session]:
+        """Oldest first, of one tenant or (None) of all. It looks at the sessions alone, at none after the last that is
+        wanted."""
+        own: Iterable[Session] = self._sessions.get(tenant, {}).values() if tenant is not None else self._all()
         return list(islice((session for session in own if _matches(session, wanted)), wanted.get("limit")))
+
+    def _all(self) -> Iterator[Session]:
+        """Oldest first, as each tenant's are."""
+        return merge(*(own.values() for own in self._sessions.values()), key=lambda session: session.created_at)
 
     def open(
         self,

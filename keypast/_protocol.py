@@ -59,6 +59,20 @@ def resolve_url(base_url: str | None) -> str:
     return url
 
 
+def authorized(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+    """The headers, and the key: the argument, else the environment's KEYPAST_API_KEY, else none. A header wins.
+
+    Raises ValueError: not a key.
+    """
+    given = dict(headers or {})
+    key = environ.get("KEYPAST_API_KEY") if api_key is None else api_key
+    if not key or {name.lower() for name in given} & {"authorization", "x-api-key"}:
+        return given
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ValueError("the API key (api_key or KEYPAST_API_KEY) has characters that no key has")
+    return {**given, "Authorization": f"Bearer {key}"}
+
+
 @dataclass(frozen=True, slots=True)
 class Response:
     """`headers` have lower-case names."""

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from keypast.client import Client
-from keypast.errors import ConnectFailed, KeypastError, ModelNotFound, Refused
+from keypast.errors import ConnectFailed, Denied, KeypastError, ModelNotFound, Refused
 
 Connect = Callable[[str | None], Client]  # what a context's `obj` holds in place of Client
 Url = Annotated[str | None, typer.Option(help="The service's address; default: KEYPAST_URL, else the local one.")]
@@ -29,6 +29,8 @@ def advice(error: KeypastError) -> str:
     if isinstance(error, Refused):
         when = "later" if error.retry_after is None else f"in {error.retry_after:g} s"
         return f"{error}; try again {when}"
+    if isinstance(error, Denied) and error.status == 401:
+        return f"{error}; set KEYPAST_API_KEY"
     if isinstance(error, ModelNotFound):
         return f"{error}; `keypast models` lists what is loaded"
     return str(error)

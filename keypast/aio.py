@@ -48,6 +48,7 @@ class AsyncClient:
         *,
         timeout: float | httpx.Timeout = _protocol.DEFAULT_TIMEOUT,
         headers: Mapping[str, str] | None = None,
+        api_key: str | None = None,
         retries: Retries | None = None,
         binary: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -55,7 +56,11 @@ class AsyncClient:
     ) -> None:
         url = _protocol.resolve_url(base_url)
         self._http = httpx.AsyncClient(
-            base_url=url, timeout=timeout, headers=headers, transport=transport, limits=_protocol.LIMITS
+            base_url=url,
+            timeout=timeout,
+            headers=_protocol.authorized(headers, api_key),
+            transport=transport,
+            limits=_protocol.LIMITS,
         )
         self._retries = retries or Retries()
         self._sleep = sleep

@@ -13,12 +13,14 @@ from rich.table import Table
 from keypast._terminal import Url, advice, console, failed, open_client
 from keypast.chat import Chat, ChatOptions
 from keypast.chat import advice as chat_advice
+from keypast.cli_keys import keys
 from keypast.cli_sessions import sessions
 from keypast.client import Client
 from keypast.errors import KeypastError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(sessions, name="sessions")
+app.add_typer(keys, name="keys")
 
 
 @app.callback()
@@ -44,6 +46,10 @@ def serve(
     model_parallel: Annotated[
         int | None, typer.Option(min=1, help="Ranks that share each model: processes, on GPUs one each.")
     ] = None,
+    keys_file: Annotated[str | None, typer.Option(help="API keys, as `keypast keys new` writes them.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without API keys.")] = None,
+    tls_cert: Annotated[str | None, typer.Option(help="A certificate chain in PEM: https.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="Its key in PEM.")] = None,
 ) -> None:
     """Start the service. What is not given comes from the environment's KEYPAST_*, else from its defaults."""
     given = {
@@ -56,6 +62,10 @@ def serve(
         "kv_memory": kv_memory,
         "threads": threads,
         "model_parallel": model_parallel,
+        "keys_file": keys_file,
+        "insecure": insecure,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
     }
     environ.update({f"KEYPAST_{name.upper()}": str(value) for name, value in given.items() if value is not None})
     if model:

@@ -20,7 +20,7 @@
         ├── SessionGone            410     (`reason`)
         ├── PreconditionFailed     412     (`version`, `valid_length`: the session as it is)
         │   └── ReplyDropped       a retry of what was done before, whose reply was too large to keep
-        ├── Refused                429 503: not now, and nothing was applied     (`retry_after` seconds)
+        ├── Refused                408 429 503: not now, and nothing was applied     (`retry_after` seconds)
         │   ├── QueueFull          too many appends wait
         │   ├── QuotaExceeded      the caller has what its quota allows
         │   ├── PoolExhausted      no blocks came free in time
@@ -182,6 +182,9 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.MOVED: PreconditionFailed,
     Code.REPLY_DROPPED: ReplyDropped,
     Code.MALFORMED: InvalidInput,
+    Code.HEAD_TOO_LARGE: InvalidInput,
+    Code.BODY_TOO_FINE: InvalidInput,
+    Code.TOO_SLOW: Refused,
     Code.METHOD_NOT_ALLOWED: InvalidInput,
     Code.BODY_TOO_LARGE: InvalidInput,
     Code.UNSUPPORTED_MEDIA_TYPE: InvalidInput,
@@ -202,6 +205,7 @@ _BY_STATUS: dict[int, type[StatusError]] = {
     401: Denied,
     403: Denied,
     404: NotFound,
+    408: Refused,
     409: Conflict,
     410: SessionGone,
     412: PreconditionFailed,

@@ -26,14 +26,20 @@ MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_ROWS = 1024
 MAX_FORKS = 256
+MAX_MESSAGES = 4096
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024
 MAX_TTL_SECONDS = 10 * 366 * 86_400.0
 SESSION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_INT)]
-TokenRow = Annotated[list[Count], Field(min_length=1)]
-Rows = Annotated[list[Count], Field(min_length=1, max_length=MAX_ROWS)]
+TokenRow = Annotated[list[Count], Field(min_length=1, fail_fast=True)]  # or there would be an error a token
+Rows = Annotated[list[Count], Field(min_length=1, max_length=MAX_ROWS, fail_fast=True)]
 Text = Annotated[str, StringConstraints(min_length=1)]
+Texts = Annotated[list[Text], Field(max_length=MAX_ROWS, fail_fast=True)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 
@@ -42,12 +48,14 @@ class Code(StrEnum):
     """The `code` of a problem: one a kind of refusal. The status it travels with is beside it."""
 
     MALFORMED = "malformed"  # 400
+    BODY_TOO_FINE = "body_too_fine"  # 400, it came in too many small pieces
     UNAUTHORIZED = "unauthorized"  # 401
     FORBIDDEN = "forbidden"  # 403
     NOT_FOUND = "not_found"  # 404, no such route
     SESSION_NOT_FOUND = "session_not_found"  # 404
     MODEL_NOT_FOUND = "model_not_found"  # 404
     METHOD_NOT_ALLOWED = "method_not_allowed"  # 405
+    TOO_SLOW = "too_slow"  # 408, the request itself took too long to come
     SESSION_EXISTS = "session_exists"  # 409
     WRONG_STATE = "wrong_state"  # 409
     SESSION_GONE = "session_gone"  # 410
@@ -61,6 +69,7 @@ class Code(StrEnum):
     QUEUE_FULL = "queue_full"  # 429
     QUOTA_EXCEEDED = "quota_exceeded"  # 429
     POOL_EXHAUSTED = "pool_exhausted"  # 429
+    HEAD_TOO_LARGE = "head_too_large"  # 431
     MODEL_FAILED = "model_failed"  # 500
     INTERNAL = "internal"  # 500
     NOT_READY = "not_ready"  # 503, the models are still loading
@@ -179,9 +188,13 @@ class AppendRequest(Request):
     attention_mask: TensorBody | None = Field(
         default=None, description="(B, n, T), 1 = attend; needed by the queries of a prefill, on a step all is seen"
     )
-    token_ids: list[TokenRow] | None = Field(default=None, min_length=1, max_length=MAX_ROWS, description="(B, n)")
-    text: Text | list[Text] | None = Field(default=None, description="one string, or one a row")
-    messages: list[Message] | None = Field(default=None, min_length=1, description="of a session of one row")
+    token_ids: list[TokenRow] | None = Field(
+        default=None, min_length=1, max_length=MAX_ROWS, fail_fast=True, description="(B, n)"
+    )
+    text: Text | Texts | None = Field(default=None, description="one string, or one a row")
+    messages: list[Message] | None = Field(
+        default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True, description="of a session of one row"
+    )
     batch_valid_length: Rows | None = Field(
         default=None, description="(B,): each row's length after the call; of queries alone: its length as it is"
     )
@@ -251,7 +264,7 @@ class GenerateRequest(Request):
     model_config = _with(Request.model_config, {"max_tokens": 16, "sample": {"temperature": 0}})
 
     max_tokens: Positive = Field(default=128, description="a row")
-    stop: Text | list[Text] | None = Field(default=None, description="a row ends where it has written one of these")
+    stop: Stop | Stops | None = Field(default=None, description="a row ends where it has written one of these")
     sample: SampleOptions = Field(default_factory=SampleOptions, description="default: greedy")
     stream: bool = False
     logprobs: bool = Field(default=False, description="the log-probability of each token chosen")
@@ -371,6 +384,20 @@ class SessionView(Reply):
 class SessionPage(Reply):
     object: Literal["list"] = "list"
     data: list[SessionView]
+    next_cursor: str | None = Field(default=None, description="null on the last page")
+
+
+class OwnedView(SessionView):
+    """A session as an admin sees it."""
+
+    model_config = ConfigDict(json_schema_extra=None)
+
+    tenant: str
+
+
+class OwnedPage(Reply):
+    object: Literal["list"] = "list"
+    data: list[OwnedView]
     next_cursor: str | None = Field(default=None, description="null on the last page")
 
 

@@ -22,7 +22,7 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from safetensors import SafetensorError, deserialize
 
+from keypast import schemas
 from keypast.schemas import Appended, AppendReply, AppendRequest, TensorBody
 
 Array = npt.NDArray[Any]
@@ -40,6 +41,8 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 JSON_TYPE = "application/json"
 MERGE_PATCH_TYPE = "application/merge-patch+json"
 SAFETENSORS_TYPE = "application/vnd.safetensors"
+MAX_NAMES = 1 << 16  # in one JSON body; 512 steps of three tensors have 8,000
+MAX_ERRORS = 100  # of one body
 MAX_HEADER_BYTES = 1 << 18  # of a safetensors file; ours hold a few names
 
 ARRAY_INPUTS = ("query", "key", "value", "attention_mask")  # tensors in every form
@@ -56,6 +59,7 @@ _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 _SAFETENSORS_NAMES = {name: short for short, name in _SAFETENSORS_DTYPES.items()}
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"(\s*+:)?)?', re.DOTALL)  # whole, so that no byte is looked at twice
 _UNION_BRANCH = re.compile(r"(int|str|constrained-str|constrained-int|list\[.*\]|function-.*)")
 
 
@@ -453,10 +457,23 @@ def _json_form(tensor: TensorBody) -> Form:
 
 def validated(model: type[AnyModel], source: bytes | dict[str, Any]) -> AnyModel:
     """JSON bytes, or a dict of Python values, as a wire model. Raises WireError, MalformedError."""
+    if isinstance(source, bytes) and issubclass(model, schemas.Request):
+        _count_names(source)
     try:
         return model.model_validate_json(source) if isinstance(source, bytes) else model.model_validate(source)
     except ValidationError as error:
+        if error.error_count() > MAX_ERRORS:  # telling of the first would tell of all of them
+            raise WireError("body", f"{error.error_count()} things are wrong with it") from None
         raise validation_error(error.errors(include_url=False)[0]) from None
+
+
+def _count_names(body: bytes) -> None:
+    """Raises MalformedError for JSON of more names than any request needs: each takes many times its size."""
+    if body.count(b":") <= MAX_NAMES:
+        return
+    names = (string for string in _STRING.finditer(body) if string[1] is not None)
+    if next(islice(names, MAX_NAMES, None), None) is not None:
+        raise MalformedError("body", f"has more than {MAX_NAMES} names")
 
 
 def validation_error(first: Mapping[str, Any]) -> WireError:

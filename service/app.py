@@ -6,16 +6,23 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from keypast.keys import KeysError
 from service import openapi
+from service.auth import PUBLIC, Authenticate, KeyRing
+from service.bodies import Bodies
 from service.errors import add_handlers
 from service.lifecycle import Load, Service
+from service.limits import RequestRate
 from service.logs import RequestLog
-from service.routes import batch, events, generation, health, inference, models, past, sessions
-from service.settings import Settings
+from service.routes import admin, batch, events, generation, health, inference, models, past, sessions
+from service.settings import Settings, SettingsError
 
 
 def create_app(load: Load, settings: Settings) -> FastAPI:
-    """`load` gives the engine and its tokenizers; it is called on a thread of its own when the application starts."""
+    """`load` gives the engine and its tokenizers; it is called on a thread of its own when the application starts.
+
+    Raises SettingsError when the keys cannot be read.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -34,9 +41,18 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.service = Service(load, settings)
-    for routes in (inference, batch, generation, sessions, past, events, models, health):
+    for routes in (inference, batch, generation, sessions, past, events, models, admin, health):
         app.include_router(routes.router)
     add_handlers(app)
-    openapi.install(app)
+    openapi.install(app, PUBLIC)
+    app.add_middleware(Bodies, settings.body_seconds)
+    app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute))
     app.add_middleware(RequestLog)
     return app
+
+
+def _keys(settings: Settings) -> KeyRing:
+    try:
+        return KeyRing(settings.keys, settings.keys_file and settings.keys_file.expanduser())
+    except KeysError as error:
+        raise SettingsError(f"KEYPAST_KEYS{'_FILE' * (settings.keys_file is not None)}: {error}") from None

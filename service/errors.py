@@ -45,6 +45,25 @@ class BodyTooLarge(Exception):
         super().__init__(f"the body is longer than {limit} bytes")
 
 
+class BodyTooFine(Exception):
+    """It comes in more and smaller pieces than anybody needs."""
+
+
+class BodyTooSlow(Exception):
+    """Nothing was applied; the client may send it again."""
+
+
+class Unauthorized(Exception):
+    """The same words for every key that does not open: none, forged, over, removed."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no valid API key; send one as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+
+
+class Forbidden(Exception):
+    """The key is valid, and not for this."""
+
+
 class NotReady(Exception):
     """The models are not loaded yet."""
 
@@ -68,6 +87,7 @@ ENGINE_ERRORS: dict[type[EngineError], tuple[HTTPStatus, Code]] = {
     DeviceFull: (HTTPStatus.SERVICE_UNAVAILABLE, Code.DEVICE_FULL),
 }
 
+_UNREAD = (Code.BODY_TOO_LARGE, Code.TOO_SLOW, Code.BODY_TOO_FINE)
 _HTTP_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
 
 
@@ -75,17 +95,12 @@ def problem_of(error: BaseException, path: str | None = None, request_id: str | 
     """The problem that tells of an error; an error nobody foresaw is told of without a word of what it says."""
     status, code, members = _told(error)
     detail = str(members.pop("detail", error))
-    field = members.get("field")
-    return Problem(
-        title=status.phrase,
-        status=status,
-        detail=detail,
-        instance=path,
-        code=code,
-        request_id=request_id,
-        error=ErrorBody(message=detail, type=_openai_type(status), param=field, code=code),
-        **members,
-    )
+    return refusal_problem(status, code, detail, instance=path, request_id=request_id, **members)
+
+
+def refusal_problem(status: HTTPStatus, code: Code, detail: str, **members: Any) -> Problem:  # noqa: ANN401
+    body = ErrorBody(message=detail, type=_openai_type(status), param=members.get("field"), code=code)
+    return Problem(title=status.phrase, status=status, detail=detail, code=code, error=body, **members)
 
 
 def problem_response(request: Request, error: Exception) -> Response:
@@ -97,7 +112,9 @@ def problem_response(request: Request, error: Exception) -> Response:
         headers["ETag"] = etag(problem.version)
     if problem.status == HTTPStatus.CONFLICT:
         headers["x-should-retry"] = "false"  # generated clients re-send a 409 unless told
-    if problem.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+    if problem.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = 'Bearer realm="keypast"'
+    if problem.code in _UNREAD:
         headers["Connection"] = "close"  # the rest of the body is not read
     if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_allowed(request))
@@ -108,7 +125,8 @@ def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         return problem_response(request, error)
 
-    for kind in (EngineError, WireError, BodyTooLarge, NotReady, RequestValidationError, HTTPException):
+    refusals = (BodyTooLarge, BodyTooSlow, BodyTooFine, Unauthorized, Forbidden, NotReady)
+    for kind in (*refusals, EngineError, WireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
 
 
@@ -131,6 +149,14 @@ def _told(error: BaseException) -> tuple[HTTPStatus, Code, dict[str, Any]]:
             members["field"] = error.field
         case BodyTooLarge():
             status, code = HTTPStatus.REQUEST_ENTITY_TOO_LARGE, Code.BODY_TOO_LARGE
+        case BodyTooSlow():
+            status, code = HTTPStatus.REQUEST_TIMEOUT, Code.TOO_SLOW
+        case BodyTooFine():
+            status, code = HTTPStatus.BAD_REQUEST, Code.BODY_TOO_FINE
+        case Unauthorized():
+            status, code = HTTPStatus.UNAUTHORIZED, Code.UNAUTHORIZED
+        case Forbidden():
+            status, code = HTTPStatus.FORBIDDEN, Code.FORBIDDEN
         case NotReady():
             status, code = HTTPStatus.SERVICE_UNAVAILABLE, Code.NOT_READY
             members["retry_after"] = STOPPED_RETRY_AFTER
@@ -162,6 +188,8 @@ def _engine_members(error: EngineError) -> dict[str, Any]:
 def _openai_type(status: int) -> str:
     if status == HTTPStatus.TOO_MANY_REQUESTS:
         return "rate_limit_error"
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return "authentication_error" if status == HTTPStatus.UNAUTHORIZED else "permission_error"
     return "server_error" if status >= 500 else "invalid_request_error"
 
 

@@ -108,14 +108,19 @@ class Service:
         if self._error is not None:
             raise self._error
 
-    async def stop(self) -> None:
-        """Drains, once; whoever calls it again waits for the same end."""
+    def drain(self) -> None:
+        """Begins it, once: new work is refused, running work ends."""
         self._stopping = True  # what is loaded from now on is not started
-        if self._worker is not None:
-            if self._stopped is None:
-                self._stopped = asyncio.ensure_future(
-                    self._worker.stop(self.settings.drain_seconds, self.settings.cancel_seconds)
-                )
+        if self._worker is not None and self._stopped is None:
+            self._worker.refuse_new()
+            self._stopped = asyncio.ensure_future(
+                self._worker.stop(self.settings.drain_seconds, self.settings.cancel_seconds)
+            )
+
+    async def stop(self) -> None:
+        """Drains; whoever calls it again waits for the same end."""
+        self.drain()
+        if self._stopped is not None:
             await asyncio.shield(self._stopped)
 
     def _report(self, message: str) -> None:

@@ -1,10 +1,17 @@
-"""What the operator reads: one line a request. Never what a request said."""
+"""What the operator reads: a line for each request, and one for each session that is made, goes, or leaves the service.
+Never what a request said, nor a key: of a key its id, and of an error that nobody foresaw where it arose, not what it
+says, unless it is the engine's own.
+"""
 
+import json
 import logging
 import re
 import secrets
 import sys
 import time
+import traceback
+from datetime import UTC, datetime
+from typing import Any, Literal
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -14,19 +21,83 @@ from service.errors import problem_response
 from service.worker import ReaderGone
 
 CLIENT_GONE = 499  # nginx's name for a request whose client left
+LONGEST_PATH = 256  # characters of a path that are logged
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
+Action = Literal["create", "delete", "export", "import", "fork", "drain"]
+
+ENGINE = "keypast.worker"  # its errors are the engine's own
+
 access = logging.getLogger("keypast.access")
+audits = logging.getLogger("keypast.audit")
 logger = logging.getLogger("keypast.service")
 
 
-def configure(level: str) -> None:
+def configure(level: str, form: Literal["auto", "json", "text"] = "auto") -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    root = logging.getLogger("keypast")
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    root.propagate = False
+    text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler.setFormatter(TextLines("%(asctime)s %(levelname)-7s %(name)s: %(message)s") if text else JsonLines())
+    for name, least in (("keypast", level.upper()), ("uvicorn", "WARNING")):
+        root = logging.getLogger(name)
+        root.handlers[:] = [handler]
+        root.setLevel(least)
+        root.propagate = False
+    audits.setLevel(logging.INFO)
+
+
+class TextLines(logging.Formatter):
+    """A line holds one record: what it was told is shown without line breaks and control characters."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's own name
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = self.formatMessage(self._filled(record))
+        if record.exc_info is None:
+            return line
+        return "\n".join([line, *_where(record.exc_info[1], words=record.name == ENGINE)])
+
+    def _filled(self, record: logging.LogRecord) -> logging.LogRecord:
+        record.message, record.asctime = record.getMessage(), self.formatTime(record)
+        return record
+
+
+class JsonLines(logging.Formatter):
+    """An object a line: `time`, `level`, `logger`, `message`, and a record's own `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and record.exc_info[1] is not None:
+            told["error"] = _where(record.exc_info[1], words=record.name == ENGINE)
+        return json.dumps(told)
+
+
+def _where(error: BaseException | None, *, words: bool = False) -> list[str]:
+    """The kinds of an error and of its causes, each after the places it passed. Their words may be a request's."""
+    lines: list[str] = []
+    while error is not None:
+        frames = [
+            f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
+        ]
+        kind = f"{type(error).__module__}.{type(error).__qualname__}"
+        lines[:0] = [*frames, f"{kind}: {error}" if words else kind]
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return lines
+
+
+def audit(request: Request, action: Action, session: str | None = None, **fields: object) -> None:
+    """Who did it, to which session. Written at every log level."""
+    caller = request.state.caller
+    told = {"action": action, "session": session, "tenant": caller.tenant, "key": caller.key_id, **fields}
+    told["request_id"] = request.state.request_id
+    shown = " ".join(f"{name}={value}" for name, value in told.items() if value not in (None, ""))
+    audits.info("%s", shown, extra={"fields": {name: value for name, value in told.items() if value is not None}})
 
 
 PROBES = {"/livez", "/readyz", "/health"}  # asked every few seconds, and of no interest when they answer
@@ -72,5 +143,13 @@ class RequestLog:
         finally:
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
             if access.isEnabledFor(level):
-                elapsed = (time.perf_counter() - started) * 1e3
-                access.log(level, "%s %s %s %d %.1f ms", request_id, method, scope["path"], status, elapsed)
+                _write_line(level, scope, method, status, (time.perf_counter() - started) * 1e3)
+
+
+def _write_line(level: int, scope: Scope, method: str, status: int, ms: float) -> None:
+    request_id, path = scope["state"]["request_id"], scope["path"][:LONGEST_PATH]
+    caller = scope["state"].get("caller")
+    fields = {"request_id": request_id, "method": method, "path": path, "status": status, "ms": round(ms, 1)}
+    if caller is not None and caller.key_id is not None:
+        fields |= {"tenant": caller.tenant, "key": caller.key_id}
+    access.log(level, "%s %s %s %d %.1f ms", request_id, method, path, status, ms, extra={"fields": fields})

@@ -1,6 +1,7 @@
 """The pieces of the OpenAPI document that FastAPI cannot see, since routes read their bodies themselves."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +17,8 @@ Documented = dict[int | str, dict[str, Any]]
 
 _REFS = "#/components/schemas/"
 _MEANINGS = {
+    401: "No valid API key, where the service has keys.",
+    403: "The key is valid, and not for this.",
     400: "The body is not JSON, or not a safetensors file.",
     404: "No such session, or another tenant's.",
     409: "The session is not in a state for this, or its id is taken; not to be sent again.",
@@ -28,6 +31,10 @@ _MEANINGS = {
     429: "A quota is used up, too much waits, or no memory came free; try again after `Retry-After`. Nothing was done.",
     500: "The model failed; the session is as before.",
     503: "Loading, draining or down; try again after `Retry-After`. Nothing was done.",
+}
+_SECURITY = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the service has keys."},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 _APPEND_OPTIONS = ("logits", "top_logprobs", "token_logprobs", "sample", "need_weights", "average_attn_weights")
 
@@ -163,13 +170,18 @@ def append_reply() -> dict[str, Any]:
     return document
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app.openapi()` know every wire model."""
+def install(app: FastAPI, public: Iterable[str]) -> None:
+    """Makes `app.openapi()` know every wire model, and that all but the `public` paths ask for a key."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-            document.setdefault("components", {}).setdefault("schemas", {}).update(_wire_schemas())
+            components = document.setdefault("components", {})
+            components.setdefault("schemas", {}).update(_wire_schemas())
+            components["securitySchemes"] = _SECURITY
+            document["security"] = [{name: []} for name in _SECURITY]
+            for path in public:
+                document["paths"][path]["get"]["security"] = []
             app.openapi_schema = document
         return app.openapi_schema
 

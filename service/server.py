@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,8 +16,9 @@ from rich.console import Console
 from engine.errors import EngineError, RanksLost
 from service import logs
 from service.app import create_app
+from service.connection import Connection
 from service.lifecycle import Load, Service
-from service.settings import Settings
+from service.settings import Settings, SettingsError
 
 KEEP_ALIVE_SECONDS = 75  # a client thinks between two steps; longer than most pools and proxies keep an idle connection
 REPLIES_SECONDS = 5  # after the drain, for what is answered to reach its readers
@@ -26,16 +29,20 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def serve(load: Load, settings: Settings) -> int:
     """Until a signal. Returns the exit code: 0 after a drain, 1 when it cannot serve or was told twice to stop."""
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     try:
-        listener = _listen(settings.host, settings.port)
-    except OSError as error:
+        check_tls(settings)
+        app = create_app(load, settings)
+        listener = _listen(settings)
+    except (OSError, SettingsError) as error:
         complain(error)
         return 1
-    app = create_app(load, settings)
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection.bounded(settings),
+        ws="none",
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -90,7 +97,7 @@ async def _run(server: _Server, listener: socket.socket, service: Service) -> in
         complain(error)
         return 1
     if loading.done():
-        _console.print(_welcome(service, _address(listener)), markup=False)
+        _console.print(_welcome(service, _address(listener, tls=server.config.is_ssl)), markup=False)
     await serving
     loading.cancel()
     return 0
@@ -132,10 +139,37 @@ def _welcome(service: Service, address: str) -> str:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bound before anything is loaded. Raises OSError that says what to change."""
+def check_tls(settings: Settings) -> None:
+    """Raises SettingsError unless certificate and key are both there and belong together, or neither is."""
+    cert, key = settings.tls_cert, settings.tls_key
+    if cert is None and key is None:
+        return
+    if cert is None or key is None:
+        raise SettingsError("KEYPAST_TLS_CERT and KEYPAST_TLS_KEY go together; set both, or neither for http")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")  # never asks a terminal
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or str(error)
+        raise SettingsError(f"KEYPAST_TLS_CERT={cert} with KEYPAST_TLS_KEY={key}: {reason}") from None
+
+
+def _check_open(settings: Settings, address: str) -> None:
+    """Raises SettingsError when other machines could ask, and nothing would ask them for a key."""
+    keyless = settings.keys_file is None and not settings.keys.strip()
+    if keyless and not settings.insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        raise SettingsError(
+            f"KEYPAST_HOST={settings.host}: without API keys only this machine is served; make some with `keypast keys "
+            "new TENANT --file FILE` and set KEYPAST_KEYS_FILE, or serve whoever asks with --insecure "
+            "(KEYPAST_INSECURE=1)"
+        )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Bound before anything is loaded. Raises SettingsError, and OSError that says what to change."""
+    host, port = settings.host, settings.port
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        _check_open(settings, str(address[0]))
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -146,7 +180,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, *, tls: bool) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

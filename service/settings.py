@@ -27,6 +27,14 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every one")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    keys_file: Path | None = Field(
+        default=None, description="API keys by their hashes, as `keypast keys new` writes them; read again on change"
+    )
+    keys: str = Field(default="", repr=False, description="lines of such a file, separated by ;")
+    insecure: bool = Field(default=False, description="serve other machines without API keys, to whoever asks")
+    tls_cert: Path | None = Field(default=None, description="a certificate chain in PEM; serves https")
+    tls_key: Path | None = Field(default=None, description="the certificate's key in PEM")
+
     models: Annotated[dict[str, str], NoDecode] = Field(
         default={"smollm2-135m": "default", "attention": "attention:hidden=512,heads=8"},
         min_length=1,
@@ -104,16 +112,34 @@ class Settings(BaseSettings):
     max_batch_items: int = Field(default=256, ge=1, le=512, description="steps of one batch request")
 
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
+    max_json_bytes: int = Field(
+        default=32 << 20, ge=1024, description="of them, those in JSON, which takes many times its size in memory"
+    )
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
     replay_bytes: int = Field(
         default=256 << 20, ge=1024, description="of replies that are kept for retries, of all sessions"
     )
     replay_bytes_per_session: int = Field(default=16 << 20, ge=1024, description="of them, of one session")
+    max_head_bytes: int = Field(default=32 << 10, ge=1024, description="longest request line and headers together")
+    max_connections: int = Field(default=4096, ge=1, description="open at a time; more are refused")
+    requests_per_minute: int = Field(
+        default=0, ge=0, description="of a tenant; a minute's worth may come at once; 0: no bound"
+    )
+    body_seconds: float = Field(
+        default=30.0, gt=0, description="how long a body may take to come, and a second more for each 16 KiB of it"
+    )
+    head_seconds: float = Field(default=10.0, gt=0, description="how long a request's headers may take to come")
+    stall_seconds: float = Field(
+        default=60.0, gt=0, description="a reader who takes nothing of a reply for so long is gone"
+    )
     ping_seconds: float = Field(default=15.0, gt=0, description="silence in a stream before a comment is sent")
     drain_seconds: float = Field(default=30.0, ge=0, description="how long running work may go on after SIGTERM")
     cancel_seconds: float = Field(default=5.0, ge=0, description="how long generations may take to end after that")
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto", description="of the log on standard error; auto: text on a terminal, else json"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="info writes a line a request, warning does not"
+        default="info", description="info writes a line a request, warning does not; audit lines always"
     )
 
     @field_validator("models", mode="before")

@@ -67,11 +67,15 @@ class EngineWorker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
+    def refuse_new(self) -> None:
+        """The beginning of `stop`."""
+        self._stopping = True
+        self.engine.stop()
+
     async def stop(self, drain_seconds: float, cancel_seconds: float) -> None:
         """Refuses new work; what runs or waits has `drain_seconds`, then generations are told to end and have
         `cancel_seconds`, then everything fails."""
-        self._stopping = True
-        self.engine.stop()
+        self.refuse_new()
         if await self._ends_within(drain_seconds):
             return
         for operation in self._generations:

@@ -14,7 +14,7 @@ from keypast.wire import Encoded, Form, WireError, is_safetensors, parse_key, re
 from service.auth import Tenant
 from service.errors import problem_of
 from service.lifecycle import Service, service_of
-from service.limits import read_body
+from service.limits import body_limit, read_body
 from service.once import once_of_step
 from service.openapi import batch_reply, batch_request, problems
 from service.routes.inference import append_of, coded, reply_of, size_of
@@ -44,7 +44,7 @@ async def batch_step(request: Request, tenant: Tenant) -> Response:
     own status and problem, and spoils no other. A session may be named once; its second item is refused. The
     `Idempotency-Key` is that of every item."""
     service = service_of(request)
-    body = await read_body(request, service.settings.max_body_bytes)
+    body = await read_body(request, body_limit(request, service.settings))
     asked = await coded(len(body), lambda: _read(service, tenant, request, body))
     operations = [one.operation for one in asked if isinstance(one.operation, Append)]
     results = iter(await service.worker.append_all(operations, request.receive))

@@ -14,6 +14,7 @@ from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
 from service.auth import Tenant
 from service.errors import problem_of
 from service.lifecycle import Service, service_of
+from service.limits import json_limit
 from service.once import read_change, replay_headers
 from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
 from service.streams import EVENT_STREAM, PING, EventStream, event
@@ -39,7 +40,7 @@ async def generate(request: Request, session_id: str, tenant: Tenant) -> Respons
     """
     service = service_of(request)
     expected = parse_if_match(request.headers.get("if-match"))
-    wanted, once = await read_change(request, GenerateRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, GenerateRequest, json_limit(service.settings))
     session = service.engine.session(session_id, tenant)
     run = _Run(service, request, wanted, session, expected, once)
     return await (run.stream() if wanted.stream else run.reply())

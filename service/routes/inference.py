@@ -23,7 +23,7 @@ from keypast.schemas import (
 from keypast.wire import AppendBody, Array, Encoded, Form, parse_if_match, read_append, reply_form, write_reply
 from service.auth import Tenant
 from service.lifecycle import Service, service_of
-from service.limits import read_body
+from service.limits import body_limit, read_body
 from service.once import once_of, replay_headers
 from service.openapi import append_reply, append_request, problems
 from service.text import TextModel, encode_rows, pad, sampling
@@ -58,7 +58,7 @@ async def score(request: Request, session_id: str, tenant: Tenant) -> Response:
 async def _append(request: Request, session_id: str, tenant: str, kind: type[AppendRequest]) -> Response:
     service = service_of(request)
     worker = service.worker
-    body = await read_body(request, service.settings.max_body_bytes)
+    body = await read_body(request, body_limit(request, service.settings))
     read = await coded(len(body), lambda: _read(service, request, session_id, tenant, kind, body))
     result = await worker.append(read.operation, request.receive)
     form = reply_form(read.form, request.headers.get("accept"))

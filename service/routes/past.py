@@ -11,6 +11,7 @@ from keypast.wire import SAFETENSORS_TYPE, check_safetensors, etag, parse_if_mat
 from service.auth import Tenant
 from service.lifecycle import service_of
 from service.limits import read_body
+from service.logs import audit
 from service.once import once_of, replay_headers
 from service.openapi import IF_MATCH, REPLAYED_HEADER, VERSION_HEADERS, past_reply, past_request, problems, reply
 from service.routes.sessions import session_response
@@ -29,6 +30,7 @@ async def export_past(request: Request, session_id: str, tenant: Tenant) -> Resp
     expected = parse_if_match(request.headers.get("if-match"))
     operation = ExportPast(session_id, tenant, expected)
     result = await service_of(request).worker.export_past(operation, request.receive)
+    audit(request, "export", session_id, version=result.version)
     past = result.past
     file = Past(past.arrays, past.valid_length, past.kind, past.fingerprint)
     return LongBody(await asyncio.to_thread(file.parts), {"ETag": etag(result.version)}, SAFETENSORS_TYPE)
@@ -54,4 +56,6 @@ async def import_past(request: Request, session_id: str, tenant: Tenant) -> Resp
     past = SessionPast(file.arrays, file.valid_length, file.kind, file.fingerprint)
     operation = ImportPast(session_id, past, tenant, expected, once)
     info = await service.worker.import_past(operation, request.receive)
+    if not once.replayed:
+        audit(request, "import", session_id, version=info.version)
     return session_response(info, 200, replay_headers(once))

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from engine.batch import Truncate
+from engine.engine import Engine
 from engine.errors import InvalidInput
 from engine.session import SessionChanges
 from engine.stats import SessionInfo
@@ -26,7 +27,8 @@ from keypast.schemas import (
 from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, etag, parse_if_match
 from service.auth import Tenant
 from service.lifecycle import service_of
-from service.limits import read_json
+from service.limits import json_limit, read_json
+from service.logs import audit
 from service.once import once_of, read_change, replay_headers
 from service.openapi import (
     GUARDS,
@@ -57,7 +59,7 @@ _LOCATION = {"Location": {"description": "The session's address.", "schema": {"t
 async def create_session(request: Request, tenant: Tenant) -> Response:
     """An empty session."""
     service = service_of(request)
-    wanted, once = await read_change(request, CreateSession, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, CreateSession, json_limit(service.settings))
     info = service.engine.create_session(
         wanted.model,
         tenant=tenant,
@@ -69,13 +71,22 @@ async def create_session(request: Request, tenant: Tenant) -> Response:
         labels=wanted.labels,
         once=once,
     )
+    if not once.replayed:
+        audit(request, "create", info.id, model=info.model)
     return session_response(info, 201, {"Location": f"/v1/sessions/{info.id}", **replay_headers(once)})
 
 
 @router.get("", responses={200: reply(SessionPage, "A page, oldest first."), **problems(422, 503)})
 async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListSessions, Query()]) -> Response:
     """The caller's sessions, oldest first. A page holds what follows its cursor, whatever was deleted meanwhile."""
-    infos = service_of(request).engine.sessions(
+    infos, cursor = page_of(service_of(request).engine, tenant, query)
+    body = SessionPage(data=[view(info) for info in infos], next_cursor=cursor)
+    return Response(body.model_dump_json(), media_type=JSON_TYPE)
+
+
+def page_of(engine: Engine, tenant: str | None, query: ListSessions) -> tuple[list[SessionInfo], str | None]:
+    """A page of the tenant's sessions (None: of everybody's), and the next one's cursor. Raises InvalidInput."""
+    infos = engine.sessions(
         tenant,
         model=query.model,
         state=query.state,
@@ -84,9 +95,7 @@ async def list_sessions(request: Request, tenant: Tenant, query: Annotated[ListS
         limit=query.limit + 1,
     )
     page = infos[: query.limit]
-    cursor = _write_cursor(page[-1]) if len(infos) > len(page) else None
-    body = SessionPage(data=[_view(info) for info in page], next_cursor=cursor)
-    return Response(body.model_dump_json(), media_type=JSON_TYPE)
+    return page, _write_cursor(page[-1]) if len(infos) > len(page) else None
 
 
 @router.get(
@@ -111,7 +120,7 @@ async def get_session(request: Request, session_id: str, tenant: Tenant) -> Resp
 async def update_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Time to live, pin and labels. No commit: the version stays."""
     service = service_of(request)
-    wanted = await read_json(request, UpdateSession, service.settings.max_body_bytes, MERGE_PATCH_TYPE)
+    wanted = await read_json(request, UpdateSession, json_limit(service.settings), MERGE_PATCH_TYPE)
     expected = parse_if_match(request.headers.get("if-match"))
     changes: SessionChanges = {}
     if "ttl_seconds" in wanted.model_fields_set:
@@ -134,6 +143,8 @@ async def delete_session(request: Request, session_id: str, tenant: Tenant) -> R
     once = once_of(request)
     expected = parse_if_match(request.headers.get("if-match"))
     receipt = service_of(request).engine.delete_session(session_id, tenant, expected_version=expected, once=once)
+    if not once.replayed:
+        audit(request, "delete", receipt.id, positions=receipt.positions)
     body = Receipt(
         id=receipt.id,
         positions=receipt.positions,
@@ -156,12 +167,14 @@ async def delete_session(request: Request, session_id: str, tenant: Tenant) -> R
 async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Children that share the session's blocks until one of them writes."""
     service = service_of(request)
-    wanted, once = await read_change(request, ForkRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, ForkRequest, json_limit(service.settings))
     expected = parse_if_match(request.headers.get("if-match"))
     children = service.engine.fork(
         session_id, tenant=tenant, count=wanted.count, at=wanted.at, expected_version=expected, once=once
     )
-    reply = ForkReply(sessions=[_view(child) for child in children])
+    for child in children if not once.replayed else ():
+        audit(request, "fork", child.id, parent=session_id)
+    reply = ForkReply(sessions=[view(child) for child in children])
     headers = {"ETag": etag(children[0].version), **replay_headers(once)}
     return Response(reply.model_dump_json(), 201, headers, JSON_TYPE)
 
@@ -177,7 +190,7 @@ async def fork_session(request: Request, session_id: str, tenant: Tenant) -> Res
 async def truncate_session(request: Request, session_id: str, tenant: Tenant) -> Response:
     """Back to an earlier length, as if what came after it had never been."""
     service = service_of(request)
-    wanted, once = await read_change(request, TruncateRequest, service.settings.max_body_bytes)
+    wanted, once = await read_change(request, TruncateRequest, json_limit(service.settings))
     expected = parse_if_match(request.headers.get("if-match"))
     operation = Truncate(session_id, wanted.length, tenant, expected_version=expected, once=once)
     info = await service.worker.truncate(operation, request.receive)
@@ -185,10 +198,10 @@ async def truncate_session(request: Request, session_id: str, tenant: Tenant) ->
 
 
 def session_response(info: SessionInfo, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(_view(info).model_dump_json(), status, {"ETag": etag(info.version), **(headers or {})}, JSON_TYPE)
+    return Response(view(info).model_dump_json(), status, {"ETag": etag(info.version), **(headers or {})}, JSON_TYPE)
 
 
-def _view(info: SessionInfo) -> SessionView:
+def view(info: SessionInfo) -> SessionView:
     return SessionView(
         id=info.id,
         model=info.model,

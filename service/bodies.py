@@ -1,0 +1,122 @@
+"""What comes in as a request's body: in time, in pieces that are worth it, unpacked. One layer before every route, so
+that a route that is yet to be written has it too. How long a body may be, each route says of what it unpacks to.
+"""
+
+import asyncio
+import zlib
+from collections.abc import Mapping
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from keypast.wire import MalformedError, UnsupportedMediaError
+from service.errors import BodyTooFine, BodyTooSlow, problem_response
+
+SLOWEST = 16 << 10  # bytes a second that give a long body more time than the first seconds
+FEW = 1024  # pieces that may be of any size
+FINE = 64  # bytes: what comes in more than a few pieces has more in each, on the average
+AT_ONCE = 256 << 10  # bytes that are unpacked at a time
+
+# zlib's window bits by the names of the codings: gzip's header, zlib's header
+CODINGS: Mapping[str, int] = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
+
+
+class Bodies:
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        codings = Headers(scope=scope).getlist("content-encoding")
+        named = [part for value in codings for name in value.split(",") if (part := name.strip().lower()) != "identity"]
+        body = Pieces(receive, self._seconds).receive
+        if not named:
+            await self._app(scope, body, send)
+        elif len(named) == 1 and named[0] in CODINGS:
+            await self._app(scope, Unpacked(body, named[0]).receive, send)
+        else:
+            error = UnsupportedMediaError("Content-Encoding", "is one of gzip, deflate and identity, once")
+            await problem_response(Request(scope), error)(scope, receive, send)
+
+
+class Pieces:
+    """`receive` raises BodyTooSlow and BodyTooFine while the body comes; afterwards it is the server's own."""
+
+    def __init__(self, receive: Receive, seconds: float) -> None:
+        self._receive = receive
+        self._seconds = seconds
+        self._started: float | None = None
+        self._pieces = 0
+        self._size = 0
+        self._whole = False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()
+        now = asyncio.get_running_loop().time()
+        if self._started is None:
+            self._started = now
+        try:
+            async with asyncio.timeout_at(self._started + self._seconds + self._size / SLOWEST):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow(f"only {self._size} bytes of the body came in {now - self._started:.0f} s") from None
+        self._whole = not message.get("more_body", False)
+        self._pieces += 1
+        self._size += len(message.get("body", b""))
+        check_pieces(self._pieces, self._size)
+        return message
+
+
+def check_pieces(pieces: int, size: int) -> None:
+    """Raises BodyTooFine when so many pieces are too many for so many bytes."""
+    if pieces > FEW + size // FINE:
+        raise BodyTooFine(
+            f"the body comes in {pieces} pieces of {size // pieces} bytes on the average; send larger ones"
+        )
+
+
+class Unpacked:
+    """`receive` gives the body unpacked, some `AT_ONCE` bytes at a time, so that whoever counts them can stop.
+
+    Raises MalformedError.
+    """
+
+    def __init__(self, receive: Receive, coding: str) -> None:
+        self._receive = receive
+        self._coding = coding
+        self._inflater = zlib.decompressobj(CODINGS[coding])
+        self._packed = b""
+        self._more = True  # packed bytes may come
+        self._done = False
+
+    async def receive(self) -> Message:
+        if self._done:
+            return await self._receive()
+        while True:
+            if not self._packed and self._more:
+                message = await self._receive()
+                if message["type"] != "http.request":
+                    return message
+                self._packed, self._more = message.get("body", b""), message.get("more_body", False)
+            piece = self._inflate()
+            self._done = not self._packed and not self._more and len(piece) < AT_ONCE
+            if self._done and not self._inflater.eof:
+                raise MalformedError("body", f"its {self._coding} is cut off")
+            if piece or self._done:
+                await asyncio.sleep(0)  # others are answered between two pieces
+                return {"type": "http.request", "body": piece, "more_body": not self._done}
+
+    def _inflate(self) -> bytes:
+        try:
+            piece = self._inflater.decompress(self._packed, AT_ONCE)
+        except zlib.error:
+            raise MalformedError("body", f"is not {self._coding}, as Content-Encoding says") from None
+        self._packed = self._inflater.unconsumed_tail
+        if self._inflater.unused_data:
+            raise MalformedError("body", f"goes on after the end of its {self._coding}")
+        return piece
