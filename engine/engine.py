@@ -116,10 +116,15 @@ class Engine(Books):
             self._has_news = False
         for served in self._served.values():
             with self._lock:
-                self._sweep(served)
-                if self._held_until(served) is not None:
+                try:
+                    self._sweep(served)
+                    if self._held_until(served) is not None:
+                        continue
+                    batch = served.scheduler.schedule(self._clock())
+                except Exception as error:
+                    self._fail_unreserved(served, error)
+                    ran = True
                     continue
-                batch = served.scheduler.schedule(self._clock())
                 ran |= self._evict(served)
                 if batch is None:
                     continue
@@ -263,6 +268,15 @@ class Engine(Books):
         served.scheduler.roll_back(work)
         work.finish(work, {}, error)
 
+    def _fail_unreserved(self, served: Served, error: Exception) -> None:
+        """The books failed while blocks were given out: whoever has none yet has changed nothing, and is told. Raises
+        the error when that is nobody."""
+        works = [work for work in served.scheduler.works() if not work.reserved]
+        if not works:
+            raise error
+        for work in works:
+            self._fail(served, work, _as_engine_error(error, "the engine"))
+
     def _sweep(self, served: Served) -> None:
         """Drops what will not run: sessions past their time, works of closed sessions, cancelled or overdue ones."""
         self._expire()
@@ -309,9 +323,9 @@ class Engine(Books):
                     self._pop(session)
                 else:
                     self._start(operation, session)
-            except EngineError as error:
+            except Exception as error:  # one that nobody foresaw ends this operation, and no other waits for it
                 self._pop(session)
-                reject(operation, error)
+                reject(operation, _as_engine_error(error, "the engine"))
 
     def _start(self, operation: Operation, session: Session) -> None:
         served = self._served[session.model]
@@ -363,11 +377,11 @@ class Engine(Books):
         queries: int | None = None,
         keep: bool = True,
     ) -> None:
-        session.state = SessionState.RUNNING
         work = Work(session, inputs, new, want, finish, self._clock(), queries, future=future, keep=keep)
         work.transfer = transfer
         self._tenants.owe(session.tenant, work.size)
         served.scheduler.add(work)
+        session.state = SessionState.RUNNING  # last: what fails before has started nothing
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
         session = work.session
@@ -462,9 +476,9 @@ class Engine(Books):
         self._tenants.admit_positions(session.tenant, positions)
 
 
-def _as_engine_error(error: Exception) -> EngineError:
+def _as_engine_error(error: Exception, what: str = "the model") -> EngineError:
     if isinstance(error, EngineError):
         return error
-    failed = ModelFailed(f"the model failed ({type(error).__name__}); the session is unchanged")
+    failed = ModelFailed(f"{what} failed ({type(error).__name__}); the session is unchanged")
     failed.__cause__ = error
     return failed

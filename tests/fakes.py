@@ -1,11 +1,15 @@
-"""Stand-ins that are passed to constructors: a clock that is told the time, a runner that keeps its past in a dict."""
+"""Stand-ins that are passed to constructors: a clock that is told the time, quotas that cannot be looked up, a runner
+that keeps its past in a dict."""
 
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 
 from engine.batch import Array, Batch, Row, RowResult
+from engine.config import Quota
 from engine.specs import KVSpec, ModelSpec, TensorSpec
 
 VOCAB = 97
@@ -51,6 +55,43 @@ class FakeClock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class FaultyQuotas(Mapping[str, Quota]):
+    """No tenant has a quota of its own. `fail` the so-manieth look-up from now, of those on the worker's thread
+    (`on_engine`) or on any other; `fired` says whether it came to that."""
+
+    def __init__(self) -> None:
+        self.fired = False
+        self._left = 0
+        self._on_engine = False
+
+    def fail(self, lookup: int, *, on_engine: bool = False) -> None:
+        self._left, self._on_engine, self.fired = lookup, on_engine, False
+
+    def mend(self) -> None:
+        self._left = 0
+
+    @overload
+    def get(self, key: str, /) -> Quota | None: ...
+    @overload
+    def get(self, key: str, default: Any, /) -> Any: ...
+    def get(self, key: str, default: Any = None, /) -> Any:
+        if self._left and self._on_engine == (threading.current_thread().name == "engine"):
+            self._left -= 1
+            if self._left == 0:
+                self.fired = True
+                raise MemoryError("no room to look it up")
+        return default
+
+    def __getitem__(self, key: str) -> Quota:
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 class FakeMemory:
@@ -170,8 +211,8 @@ class FakeRunner:
 
     def _result(self, row: Row) -> RowResult:
         past = [int(number) for number in self.memory.read(row.table, range(row.stop))]
-        if row.history is not None:
-            new = row.work.inputs.get(self.spec.history or "")
+        if self.spec.history is not None and row.history is not None:
+            new = row.work.inputs.get(self.spec.history)
             told = list(row.history)
             if new is not None:
                 told += new[row.index, : row.stop - row.work.past_length[row.index]].tolist()

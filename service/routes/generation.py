@@ -3,11 +3,12 @@
 from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from engine.batch import Generate, GenerateResult, Once, TokenEvent
-from engine.errors import EngineError, InvalidInput
+from engine.errors import InvalidInput
 from engine.stats import SessionInfo
 from keypast.schemas import Generated, GenerateReply, GenerateRequest, Problem, StreamEnd, StreamToken, Timings
 from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
@@ -19,6 +20,7 @@ from service.once import read_change, replay_headers
 from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
 from service.streams import EVENT_STREAM, PING, EventStream, event
 from service.text import GeneratedText, sampling
+from service.worker import ReaderGone
 
 router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["inference"], default_response_class=Response)
 
@@ -66,7 +68,9 @@ class _Run:
         stop_texts = [wanted.stop] if isinstance(wanted.stop, str) else wanted.stop or []
         if stop_texts and model is None:
             raise InvalidInput("stop", f"model {session.model} writes no text")
-        self._written = GeneratedText(model.tokenizer if model else None, len(session.valid_length), stop_texts)
+        tokenizer = model.tokenizer if model else None
+        self._new_text = partial(GeneratedText, tokenizer, len(session.valid_length), stop_texts)
+        self._written = self._new_text()
         self._operation = Generate(
             session.id,
             wanted.max_tokens,
@@ -84,13 +88,16 @@ class _Run:
             async with aclosing(self._items(None, outlives=self._once.key is not None)) as items:
                 async for item in items:
                     if isinstance(item, GenerateResult):
-                        return self._respond(item)
+                        return self._respond(item, again=self._once.replayed)
             raise AssertionError("a generation ended without a result")
-        except EngineError:
+        except ReaderGone:
+            raise
+        except Exception:
             if self._operation.partial is None:
                 raise
             # an error reply would say that nothing was applied, and be retried; these tokens are in the session
-            return self._respond(self._operation.partial)
+            self._written = self._new_text()  # the last of it may not have been written
+            return self._respond(self._operation.partial, again=True)
 
     async def stream(self) -> Response:
         items = self._items(self._service.settings.ping_seconds)
@@ -140,8 +147,8 @@ class _Run:
     def _problem(self, result: GenerateResult) -> Problem | None:
         return None if result.error is None else problem_of(result.error, self._request.url.path)
 
-    def _respond(self, result: GenerateResult) -> Response:
-        if self._once.replayed:
+    def _respond(self, result: GenerateResult, *, again: bool) -> Response:
+        if again:
             deque(self._written.again(result), maxlen=0)
         self._written.rest(result.finish_reason)
         body = GenerateReply(

@@ -22,7 +22,7 @@ from engine.batch import (
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, KeyReused, ModelFailed, QueueFull
-from tests.fakes import ATTENTION, DECODER, FakeClock, FakeRunner, next_token
+from tests.fakes import ATTENTION, DECODER, FakeClock, FakeRunner, FaultyQuotas, next_token
 
 Spoil = Callable[[list[RowResult]], list[RowResult]]
 
@@ -130,6 +130,34 @@ def test_whatever_goes_wrong_before_the_commit_leaves_everything_as_it_was(
     assert same(told, result)
     assert (again.replayed, house.engine.session(session).version) == (True, 2)
     house.engine.check()
+
+
+def test_books_that_fail_anywhere_leave_everything_as_it_was(model: str) -> None:
+    """Before the append is queued, when it starts, when it waits for blocks: it is told, and nothing waits for it."""
+    fired = 0
+    for lookup in range(1, 12):
+        quotas = FaultyQuotas()
+        house = House(quotas=quotas)
+        session = house.engine.create_session(model, batch_size=2).id
+        house.run(house.append(session, 3))
+        before = house.state()
+        quotas.fail(lookup)
+        append = house.append(session, 20)
+        try:
+            error: object = house.run(append)[0]
+        except MemoryError as failure:
+            error = failure
+        quotas.mend()
+        if not quotas.fired:
+            assert isinstance(error, AppendResult)
+            continue
+        fired += 1
+        assert isinstance(error, ModelFailed | MemoryError)
+        assert (house.engine.idle, house.state()) == (True, before)
+        house.engine.check()
+        (result,) = house.run(house.append(session, 20))
+        assert result.valid_length == [23, 23]
+    assert fired > 5
 
 
 def test_a_result_too_few_spoils_nobody_elses_append(house: House, model: str) -> None:

@@ -10,6 +10,7 @@ from safetensors.numpy import load
 
 from keypast.schemas import GenerateReply, SessionView
 from keypast.wire import SAFETENSORS_TYPE
+from tests.fakes import FaultyQuotas
 from tests.service.conftest import Running, Start, until
 from tests.service.fakes import KINDS, POISON, Kind, event_data
 from tests.service.raw_client import RawRequest
@@ -386,6 +387,29 @@ async def test_a_generation_that_failed_midway_is_not_begun_again(running: Runni
     told = GenerateReply.model_validate_json(replies[1].content)
     assert (told.outputs.text, told.finish_reason, told.valid_length) == (["bc"], ["cancelled"], [3])
     assert committed(running, session_id) == (3, [3])
+
+
+async def test_a_generation_that_fails_anywhere_is_told_to_its_last_commit(start: Start) -> None:
+    """Also where it is no model that fails: an error would say that nothing was applied."""
+    quotas = FaultyQuotas()
+    running = await start(quotas=quotas)
+    statuses = set()
+    for lookup in range(1, 20):
+        session_id = await running.prefilled(DECODER, 3)
+        path, headers = f"/v1/sessions/{session_id}/generate", key("k")
+        quotas.fail(lookup, on_engine=True)
+        first = await running.client.post(path, json={"max_tokens": 4}, headers=headers)
+        quotas.mend()
+        version, length = committed(running, session_id)
+        statuses.add((first.status_code, version > 1))
+        if first.status_code == 200:
+            told = first.json()
+            assert (told["valid_length"], told["version"]) == (length, version)
+            assert told["outputs"]["text"] == ["bcde"[: version - 1]]
+            assert told["finish_reason"] == (["length"] if version == 5 else ["cancelled"])
+            again = await running.client.post(path, json={"max_tokens": 4}, headers=headers)
+            assert (replayed(again), again.content) == (True, first.content)
+    assert statuses == {(500, False), (200, True)}
 
 
 async def test_a_stream_that_failed_midway_is_told_to_its_last_commit(running: Running) -> None:
