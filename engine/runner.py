@@ -1,6 +1,7 @@
 """Owns the device: a batch becomes a plan, one forward pass, results. Decides nothing."""
 
 import contextlib
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from engine.attention.view import PagedView
 from engine.batch import Array, Batch, Row, RowResult
 from engine.blocks import NULL_BLOCK, blocks_for
 from engine.errors import DeviceFull
+from engine.graphs import Computed, GraphDevice, StepGraphs
 from engine.kv_pool import KVPool
 from engine.models.base import Model
 from engine.parallel import Parallel
@@ -38,6 +40,12 @@ class Plan:
     def steps(self) -> bool:
         """Each row has exactly one query."""
         return bool((np.diff(self.attention["query_start"]) == 1).all())
+
+    @property
+    def is_step(self) -> bool:
+        """And a key to write, no mask, and nobody asks for probabilities."""
+        one_key = len(self.attention["slots"]) == len(self.attention["past_length"]) > 0
+        return one_key and self.steps and "bias" not in self.attention and not self.need_weights
 
     @property
     def is_empty(self) -> bool:
@@ -74,14 +82,15 @@ class ModelRunner:
         if self._ranks is not None:
             kv = replace(kv, kv_heads=kv.kv_heads // self._ranks.size)
         self._pool = KVPool(kv, blocks, block_size, model.spec.device)
+        self._graphs: StepGraphs | None = None
 
     def run(self, batch: Batch) -> list[RowResult]:
         """Raises DeviceFull, and what else a model may raise."""
         with contextlib.suppress(torch.OutOfMemoryError):
             plan = self.plan(batch)
             with self._together("execute", plan):
-                hidden, view = self.execute(plan)
-            return self.outputs(batch, hidden, view)
+                computed = self.execute(plan)
+            return self.outputs(batch, computed)
         raise DeviceFull  # out here, with no trace of that error, which would hold what the pass had made
 
     def plan(self, batch: Batch) -> Plan:
@@ -90,23 +99,41 @@ class ModelRunner:
         return Plan(batch.copies, self._attention(computed), self._inputs(computed), need_weights)
 
     @torch.inference_mode()
-    def execute(self, plan: Plan) -> tuple[Tensor, PagedView]:
-        """The blocks' copies and the forward pass: hidden states (T, H), and the view that they were computed over."""
+    def record_steps(self, device: GraphDevice, max_rows: int, progress: Callable[[str], None]) -> None:
+        """Steps of up to so many rows are played back from now on; of a model that takes a token a row and is whole."""
+        if self.spec.history is None or self._ranks is not None:
+            return
+        width = min(blocks_for(self.spec.max_length, self._block_size), self.blocks - 1)
+        self._graphs = StepGraphs(device, self._step, min(max_rows, self.blocks - 1), width, progress)
+
+    def _step(self, tokens: Tensor, inputs: AttentionInputs) -> Computed:
+        assert self.spec.history is not None
+        view = PagedView(self._pool, inputs, self.backend)
+        hidden = self.model.forward({self.spec.history: tokens}, view)
+        return Computed(hidden, view, self.model.logits(hidden, view))
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> Computed:
+        """The blocks' copies and the forward pass."""
         self._pool.copy(plan.copies)
+        if self._graphs is not None and self.spec.history is not None and plan.is_step:
+            played = self._graphs.play(plan.inputs[self.spec.history], plan.attention)
+            if played is not None:
+                return played
         attention: dict[str, Any] = {name: self._tensor(array) for name, array in plan.attention.items()}
         inputs = AttentionInputs(causal=self.spec.causal, steps=plan.steps, **attention)
         view = PagedView(self._pool, inputs, self.backend, [] if plan.need_weights else None)
         if plan.is_empty:
-            return torch.empty(0), view
+            return Computed(torch.empty(0), view)
         hidden = self.model.forward({name: self._tensor(array) for name, array in plan.inputs.items()}, view)
         if self._ranks is not None and view.weights is not None:
             view.weights = [[self._ranks.gather(row, 0) for row in rows] for rows in view.weights]
-        return hidden, view
+        return Computed(hidden, view)
 
     @torch.inference_mode()
-    def outputs(self, batch: Batch, hidden: Tensor, view: PagedView) -> list[RowResult]:
+    def outputs(self, batch: Batch, made: Computed) -> list[RowResult]:
         """A result a row, in order."""
-        return self.model.outputs(hidden, batch.rows, self._starts(batch.rows), view)
+        return self.model.outputs(made.hidden, batch.rows, self._starts(batch.rows), made.view, made.logits)
 
     def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
         """Keys and values as `ModelSpec.past_tensors` has them; T is the longest length."""

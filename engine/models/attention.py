@@ -72,7 +72,12 @@ class AttentionModel(nn.Module):
         out: Tensor = self.layer(inputs["query"], inputs["key"], inputs["value"], kv, rotary=self.rotary)
         return out
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
+    def logits(self, hidden: Tensor, kv: PagedView) -> None:
+        return None
+
+    def outputs(
+        self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView, logits: Tensor | None = None
+    ) -> list[RowResult]:
         """For every query, whatever its row appends: attn_out (n, H) in the query's dtype, attn_weights (N, n, T + E),
         or (n, T + E) averaged over the N heads. T is the mask's, E counts the layer's own keys."""
         self._check_written(kv)

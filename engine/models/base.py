@@ -26,8 +26,15 @@ class Model(Protocol):
         """The inputs of all rows, packed: (T, ...) those that ask, (S, ...) those appended -> hidden states (T, H)."""
         ...
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
-        """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + queries + replay]."""
+    def logits(self, hidden: Tensor, kv: PagedView) -> Tensor | None:
+        """float32 (R, V) of hidden states (R, H); None from a model that has none."""
+        ...
+
+    def outputs(
+        self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView, logits: Tensor | None = None
+    ) -> list[RowResult]:
+        """What each row asked for. Row i's hidden states are hidden[starts[i] : starts[i] + queries + replay].
+        `logits`: of every hidden state, where the pass has made them; both may be overwritten by the next pass."""
         ...
 
 

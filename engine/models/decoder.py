@@ -94,20 +94,33 @@ class DecoderModel(nn.Module):
             attention = block.attention
         return PackedBlocks(weights, attention.heads, attention.scale, self._eps)
 
-    def outputs(self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView) -> list[RowResult]:
+    def outputs(
+        self, hidden: Tensor, rows: list[Row], starts: list[int], kv: PagedView, logits: Tensor | None = None
+    ) -> list[RowResult]:
         """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
         ends = [start + row.count + int(row.replay) for row, start in zip(rows, starts, strict=True)]
-        tails = torch.stack(
-            [row.tail if end == start else hidden[end - 1] for row, start, end in zip(rows, starts, ends, strict=True)]
+        in_step = ends == list(range(1, len(hidden) + 1))  # each row is the hidden state of its own place
+        tails = (
+            hidden.clone()
+            if in_step
+            else torch.stack(
+                [
+                    row.tail if end == start else hidden[end - 1]
+                    for row, start, end in zip(rows, starts, ends, strict=True)
+                ]
+            )
         )
         results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, tails, strict=True)]
         wanting = [index for index, row in enumerate(rows) if _wants_last(row)]
         if wanting:
-            logits = self._logits(tails if len(wanting) == len(rows) else tails[wanting], kv)
-            self._last_outputs(logits, [rows[index] for index in wanting], [results[index] for index in wanting])
+            if logits is None or not in_step:
+                last = self.logits(tails if len(wanting) == len(rows) else tails[wanting], kv)
+            else:
+                last = logits if len(wanting) == len(rows) else logits[wanting]
+            self._last_outputs(last, [rows[index] for index in wanting], [results[index] for index in wanting])
         for row, start, end, result in zip(rows, starts, ends, results, strict=True):
             if row.work.want.logits == "all" and row.count:
-                result.positions["logits"] = self._logits(hidden[end - row.count : end], kv).cpu().numpy()
+                result.positions["logits"] = self.logits(hidden[end - row.count : end], kv).cpu().numpy()
             if row.work.want.token_logprobs:
                 result.positions["token_logprobs"] = self._token_logprobs(hidden[start:end], row, kv)
         return results
@@ -124,12 +137,12 @@ class DecoderModel(nn.Module):
         first = int(row.start == 0)
         for at in range(first, len(given), HEAD_POSITIONS):
             tokens = given[at : at + HEAD_POSITIONS].long()
-            logits = self._logits(hidden[at - first :][: len(tokens)], kv)
+            logits = self.logits(hidden[at - first :][: len(tokens)], kv)
             logprobs[at : at + len(tokens)] = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
         told: Array = logprobs.numpy()
         return told
 
-    def _logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
+    def logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
         """hidden (R, H) -> float32 (R, V)."""
         normed, _ = self.norm(hidden, None, kv.backend)
         out: Tensor = self.head(normed)

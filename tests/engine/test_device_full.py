@@ -1,4 +1,4 @@
-"""A pass that needs more memory than the device has: refused for now, rolled back, and nothing is held by the refusal."""
+"""A pass that needs more memory than the device has: refused for now, rolled back, what it had made is let go."""
 
 import weakref
 from typing import Any
