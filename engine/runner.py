@@ -99,6 +99,25 @@ class ModelRunner:
         return Plan(batch.copies, self._attention(computed), self._inputs(computed), need_weights)
 
     @torch.inference_mode()
+    def rehearse(self, rows: int, each: int) -> None:
+        """A pass of so many rows of `each` new positions, logits of each row's last and the widest tables: for what it
+        takes of the device. Only the null block is written."""
+        width = blocks_for(self.spec.max_length, self._block_size)
+        attention: dict[str, Array] = {
+            "query_start": np.arange(rows + 1, dtype=np.int32) * np.int32(each),
+            "past_length": np.zeros(rows, dtype=np.int32),
+            "present_length": np.full(rows, each, dtype=np.int32),
+            "block_table": np.full((rows, width), NULL_BLOCK, dtype=np.int32),
+            "positions": np.tile(np.arange(each), rows),
+            "slots": np.full(rows * each, NULL_BLOCK * self._block_size),
+        }
+        asked = [tensor for tensor in self.spec.inputs if tensor.required]
+        shapes = {tensor.name: (rows * each, *map(int, tensor.trailing)) for tensor in asked}
+        inputs = {tensor.name: np.zeros(shapes[tensor.name], tensor.dtypes[0]) for tensor in asked}
+        made = self.execute(Plan([], attention, inputs, need_weights=False))
+        self.model.logits(made.hidden[:rows], made.view)
+
+    @torch.inference_mode()
     def record_steps(self, device: GraphDevice, max_rows: int, progress: Callable[[str], None]) -> None:
         """Steps of up to so many rows are played back from now on; of a model that takes a token a row and is whole."""
         if self.spec.history is None or self._ranks is not None:

@@ -29,6 +29,10 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
     options = LoadOptions(
         cache_dir=settings.cache_dir.expanduser(),
         kv_memory=memory // len(settings.models),
+        kv_share=None if settings.kv_share is None else settings.kv_share / len(settings.models),
+        max_rows=settings.max_rows,
+        token_budget=settings.token_budget,
+        graphs=settings.cuda_graphs,
         block_size=settings.block_size,
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,

@@ -57,6 +57,9 @@ class Settings(BaseSettings):
         default=False,
         description="refuse to start where an output's bits could depend on batch mates, chunks, forks or rollbacks",
     )
+    cuda_graphs: bool = Field(
+        default=True, description="on a GPU, steps are recorded at start and played back: a slower start, faster steps"
+    )
     threads: int = Field(default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core")
     model_parallel: int = Field(
         default=1, ge=1, le=64, description="ranks that share each model by its heads: processes, on GPUs one each"
@@ -182,6 +185,12 @@ class Settings(BaseSettings):
             except ValueError as error:
                 raise ValueError(f"{tenant!r}: {error}") from None
         return own
+
+    @property
+    def kv_share(self) -> float | None:
+        """Of the free memory, if kv_memory is said so."""
+        text = self.kv_memory.strip()
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else None
 
     @property
     def tenant_quotas(self) -> dict[str, Quota]:

@@ -18,7 +18,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine.store engine.scheduler engine.gather engine.serving engine.tenants engine.replay": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
-    " engine.chat engine.sampling engine.compat engine.parallel engine.graphs engine.packing": ("L3", "L0 L1"),
+    " engine.chat engine.sampling engine.compat engine.parallel engine.graphs engine.gpu engine.packing": (
+        "L3",
+        "L0 L1",
+    ),
     "engine.runner": ("L4", "L0 L1 L3"),
     "engine.books engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),

@@ -96,6 +96,7 @@ class Backend(Protocol):
     """What stands between a layer's linears. Chosen once at start; `sdpa` is the slow truth of every other one."""
 
     name: str
+    recordable: bool  # `attend` of steps, and the norms and gates, read no value on the host
 
     def attend(
         self,

@@ -16,6 +16,7 @@ class CpuBackend:
     """Native kernels. Raises KernelUnavailable where they can be neither found nor built."""
 
     name = "cpu"
+    recordable = True
 
     def __init__(self, cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None] | None = None) -> None:
         self.kernels: Loaded = load(cache_dir, compiler, progress)

@@ -42,6 +42,7 @@ class TritonBackend:
     `kernels`: whoever has the kernels of engine.attention.triton_kernels, by name."""
 
     name = "triton"
+    recordable = True
 
     def __init__(self, tuning: Tuning = Tuning(), kernels: object | None = None) -> None:
         if kernels is None:

@@ -15,6 +15,7 @@ from engine.attention.softmax import probabilities, with_extra
 
 class SdpaBackend:
     name = "sdpa"
+    recordable = False
 
     def attend(
         self,

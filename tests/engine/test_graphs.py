@@ -1,7 +1,6 @@
 """Steps that are played back: buckets, buffers and their order on a device that is none, and tokens as without."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np

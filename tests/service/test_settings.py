@@ -103,3 +103,8 @@ def test_a_tenants_quota_is_the_common_one_with_its_own_put_in(monkeypatch: pyte
     monkeypatch.setenv("KEYPAST_QUOTAS", "{}")
     monkeypatch.setenv("KEYPAST_QUOTA", '{"blocks": 7}')
     assert read_settings().quota == Quota(blocks=7)
+
+
+@pytest.mark.parametrize(("text", "share"), [("25%", 0.25), ("12.5 %", 0.125), ("4GiB", None), ("500000000", None)])
+def test_a_share_of_memory_is_known_as_one(text: str, share: float | None) -> None:
+    assert Settings(kv_memory=text).kv_share == share
