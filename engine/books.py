@@ -43,7 +43,7 @@ class Books:
         self._replays = Replays(
             config.replay_keys, config.replay_bytes_per_session, config.replay_bytes, config.tombstones
         )
-        self.events = EventLog(config.event_ring, clock)
+        self.events = EventLog(config.event_ring, clock, config.tombstone_seconds)
         self._served: dict[str, Served] = {}
         for runner in runners:
             self._served[runner.spec.name] = Served(runner, config)

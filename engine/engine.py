@@ -390,8 +390,14 @@ class Engine(Books):
         operation: Operation = session.waiting[0]
         self._tenants.took(self._clock() - work.submitted_at)
         session.state = SessionState.IDLE
+        result: object = None
         if error is None:
-            self._done(operation, session, self._result(operation, work, outputs), session.version - work.changes)
+            try:
+                result = self._result(operation, work, outputs)
+            except MemoryError as failure:  # only an export's result is large, and an export has changed nothing
+                error = _as_engine_error(failure, "the engine")
+        if error is None:
+            self._done(operation, session, result, session.version - work.changes)
         else:
             reject(self._pop(session), error)
         self._advance(session)

@@ -4,6 +4,7 @@
     a reader, on any thread       read > events from where it stands, a Gap where the ring has lost some
 
 The ring is the only buffer, so a slow reader costs nothing and holds up nobody: it finds a gap when it comes back.
+A tenant that has neither sessions nor readers is forgotten after a while, its ring with it.
 """
 
 from __future__ import annotations
@@ -48,14 +49,25 @@ class Gap:
     lost: int | None
 
 
-class EventLog:
-    """`size` events of each tenant are kept. `clock` gives seconds since the epoch."""
+_BIRTHS: dict[EventKind, int] = {"created": 1, "forked": 1, "deleted": -1, "expired": -1, "evicted": -1}
 
-    def __init__(self, size: int, clock: Callable[[], float]) -> None:
+
+class EventLog:
+    """`size` events of each tenant are kept, and those of one that has left for `kept_seconds`. `clock` gives seconds
+    since the epoch."""
+
+    def __init__(self, size: int, clock: Callable[[], float], kept_seconds: float = 3600.0) -> None:
         self._size = size
         self._clock = clock
+        self._kept_seconds = kept_seconds
         self._lock = threading.Lock()
         self._rings: dict[str, _Ring] = {}
+        self._left: dict[str, float] = {}  # tenants with neither sessions nor readers, and since when; oldest first
+
+    @property
+    def tenants(self) -> int:
+        """How many have a ring."""
+        return len(self._rings)
 
     def emit(self, kind: EventKind, session: Session) -> None:
         lengths = array("i", session.valid_length)
@@ -72,6 +84,9 @@ class EventLog:
                 session.parent,
             )
             ring.add(event)
+            ring.sessions += _BIRTHS.get(kind, 0)
+            self._note(session.tenant, ring, event.at)
+            self._forget(event.at)
 
     def watch(self, tenant: str, after: str | None, tell: Callable[[], object]) -> Watch:
         """A reader's place: after the event of that id, else after the last one there is.
@@ -80,8 +95,30 @@ class EventLog:
         must be quick. Raises InvalidInput for an id that no stream gave.
         """
         with self._lock:
-            ring = self._ring(tenant)
-            return Watch(self._lock, ring, ring.end if after is None else ring.place(after), tell)
+            ring = self._rings.get(tenant) or _Ring(self._size)
+            at = ring.end if after is None else ring.place(after)
+            self._rings[tenant] = ring
+            self._read_by(tenant, ring, 1)
+        return Watch(self._lock, ring, at, tell, lambda: self._read_by(tenant, ring, -1))
+
+    def _read_by(self, tenant: str, ring: _Ring, more: int) -> None:
+        """So many readers more; under the lock."""
+        ring.readers += more
+        self._note(tenant, ring, self._clock())
+
+    def _note(self, tenant: str, ring: _Ring, now: float) -> None:
+        """Whether the tenant has left, as of now."""
+        self._left.pop(tenant, None)
+        if ring.sessions <= 0 and not ring.readers:
+            self._left[tenant] = now
+
+    def _forget(self, now: float) -> None:
+        """Those who left long ago."""
+        while self._left:
+            tenant, since = next(iter(self._left.items()))
+            if now < since + self._kept_seconds:
+                return
+            del self._left[tenant], self._rings[tenant]
 
     def _ring(self, tenant: str) -> _Ring:
         ring = self._rings.get(tenant)
@@ -93,11 +130,19 @@ class EventLog:
 class Watch:
     """Not to be shared between threads; `close` it at the end."""
 
-    def __init__(self, lock: threading.Lock, ring: _Ring, at: int | None, tell: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        lock: threading.Lock,
+        ring: _Ring,
+        at: int | None,
+        tell: Callable[[], object],
+        closed: Callable[[], object],
+    ) -> None:
         self._lock = lock
         self._ring = ring
         self._at = at  # None: not of this ring
         self._tell = tell
+        self._closed = closed  # called once, under the lock
 
     def read(self, limit: int) -> list[SessionEvent | Gap]:
         """What comes next, `limit` events at most; never waits."""
@@ -116,6 +161,7 @@ class Watch:
     def close(self) -> None:
         with self._lock:
             self._ring.waiting.discard(self._tell)
+            self._closed()
 
 
 class _Ring:
@@ -125,6 +171,8 @@ class _Ring:
     def __init__(self, size: int) -> None:
         self.end = 0
         self.waiting: set[Callable[[], object]] = set()
+        self.sessions = 0  # that the tenant has
+        self.readers = 0
         self._name = secrets.token_hex(4)
         self._size = size
         self._events: list[SessionEvent] = []

@@ -170,7 +170,11 @@ class Replays:
         size = weigh(result)
         if size > min(self._session_bytes, self._total_bytes):
             return
-        reply.result, reply.size = _owned(result), size
+        try:
+            own = _owned(result)
+        except MemoryError:  # what it tells of is done: it is known, and cannot be told again
+            return
+        reply.result, reply.size = own, size
         replies.kept[reply] = None
         self._kept[reply] = replies
         replies.size += size

@@ -129,6 +129,46 @@ def test_tenants_see_their_own_alone(house: House) -> None:
     assert (len(house.watch.read(9)), len(other.read(9))) == (1, 1)
 
 
+def test_a_tenant_that_has_left_is_forgotten_after_a_while() -> None:
+    house = House(tombstone_seconds=60)
+    events = house.engine.events
+    for number in range(50):
+        tenant = f"t{number}"
+        session = house.engine.create_session("decoder", tenant=tenant).id
+        house.engine.fork(session, tenant=tenant)
+        for info in house.engine.sessions(tenant) if number else []:
+            house.engine.delete_session(info.id, tenant)
+    reader = events.watch("t7", None, list)
+    events.watch("nobody", None, list).close()
+    assert events.tenants == 52, "the house's own, and they"
+    house.clock.now += 59
+    house.engine.create_session("decoder")
+    last = events.watch("t8", None, list)
+    last.close()
+    assert events.tenants == 52
+    house.clock.now += 2
+    house.engine.create_session("decoder")
+    assert events.tenants == 4, "who has sessions or reads, or left a moment ago"
+    reader.close()
+    house.clock.now += 61
+    house.engine.create_session("decoder")
+    assert events.tenants == 2
+    house.engine.create_session("decoder", tenant="t7")
+    assert len(events.watch("t7", None, list).read(9)) == 0
+
+
+def test_who_comes_back_too_late_finds_a_gap() -> None:
+    house = House(tombstone_seconds=60)
+    reader = house.engine.events.watch("b", None, list)
+    house.engine.delete_session(house.engine.create_session("decoder", tenant="b").id, "b")
+    last = reader.read(9)[-1].id
+    reader.close()
+    house.clock.now += 61
+    house.engine.create_session("decoder")
+    house.engine.create_session("decoder", tenant="b")
+    assert versions(house.engine.events.watch("b", last, list).read(9)) == ["None", 0]
+
+
 def test_the_ring_is_bounded_and_a_gap_is_counted() -> None:
     kept, add = log(4)
     watch = kept.watch("", None, list)

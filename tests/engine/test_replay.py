@@ -45,6 +45,19 @@ def info(name: str) -> SessionInfo:
     return SessionInfo(name, "tenant", "m", "k", "idle", [0], 1, 0, 0, 0, 0, None, {}, None, False, 0.0, 0.0, None)
 
 
+class Uncopied(np.ndarray[Any, Any]):
+    def copy(self, *args: Any, **kwargs: Any) -> Any:
+        raise MemoryError
+
+
+def test_a_result_that_there_is_no_memory_for_is_known_and_cannot_be_told() -> None:
+    known, own = replays(), session()
+    outputs: dict[str, Any] = {"logits": np.zeros(9, np.uint8).view(Uncopied)}
+    do(known, own, Once(b"body", "k"), AppendResult(outputs, [0], [1], 1, 0.0, 0.0, EFFORT))
+    with pytest.raises(ReplyDropped):
+        known.find(own, Once(b"body", "k"))
+
+
 def test_a_key_gives_its_result_again_and_only_to_its_own_request() -> None:
     known, own = replays(), session()
     first = Once(b"body", "k")
