@@ -218,6 +218,10 @@ class FakeRunner:
                 told += new[row.index, : row.stop - row.work.past_length[row.index]].tolist()
             if past != told:
                 self.faults.append(f"{row.work.session!r} row {row.index} reads {past}, should be {told}")
+        if row.work.is_peek and row.tail is not None and row.tail != ("tail", tuple(past[: row.start])):
+            self.faults.append(
+                f"{row.work.session!r} row {row.index} has the tail {row.tail[1]} of {past[: row.start]}"
+            )
         result = RowResult(tail=("tail", tuple(past)) if row.last else None)
         if self.spec.kind == "attention" and row.queries:
             seen = np.ones((row.queries, row.stop))

@@ -81,7 +81,8 @@ class House(RuleBasedStateMachine):
         self.voices = fake_voices(BLOCKS, BLOCK_SIZE)
         self.tokenizer = byte_tokenizer()
         self.told: dict[str, Told] = {}
-        self.gone: dict[str, str] = {}
+        self.gone: dict[str, str] = {}  # and why
+        self.seen: dict[str, dict[str, Any]] = {}  # at the last look
         self.keys = 0
         self.exits = AsyncExitStack()
         self.loop = asyncio.Runner()
@@ -227,18 +228,34 @@ class House(RuleBasedStateMachine):
 
     # What must hold.
 
-    async def look(self) -> None:
-        """Each session is as told, and answers as its history makes it."""
+    async def look(self, *, as_before: bool = False) -> None:
+        """Each session is as told, and answers as its history makes it; asking leaves it as it is, block by block.
+        `as_before`: nothing at all has changed since the last look."""
         await until(lambda: self.engine.idle)
         self.engine.check()
+        listed = (await self.client.get("/v1/sessions")).json()["data"]  # which ends those whose time is over
+        assert {view["id"] for view in listed} == self.told.keys()
+        found = await self.views()
         for session, told in self.told.items():
-            info = (await self.client.get(f"/v1/sessions/{session}")).json()
+            info = found[session]
             assert (info["valid_length"], info["version"], info["state"]) == (told.lengths, told.version, "idle")
             assert (info["ttl_seconds"], info["pinned"]) == (told.ttl, told.pinned)
+        if as_before:  # one that was made since has not been looked at
+            assert found == {session: self.seen.get(session, view) for session, view in found.items()}
         await asyncio.gather(*(self.probe(session) for session in self.told))
+        self.seen = await self.views()
+        assert self.seen == found
         for session, reason in list(self.gone.items())[-2:]:
             reply = await self.client.get(f"/v1/sessions/{session}")
             assert (code(reply), reply.json()["reason"]) == ((410, "session_gone"), reason)
+
+    async def views(self) -> dict[str, dict[str, Any]]:
+        """Of each session, but for when it was used."""
+        views = {}
+        for session in self.told:
+            view = (await self.client.get(f"/v1/sessions/{session}")).json()
+            views[session] = {name: value for name, value in view.items() if name not in ("last_used_at", "expires_at")}
+        return views
 
     async def probe(self, session: str) -> None:
         told = self.told[session]

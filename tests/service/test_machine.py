@@ -90,7 +90,7 @@ class Living(House):
                 return
             if fired:
                 assert reply.status_code == 500
-                await self.look()  # nothing was done
+                await self.look(as_before=True)
             elif reply.is_success and verb != "score" and not sent.headers:
                 self.commit(session, after)
                 return
@@ -344,20 +344,22 @@ class Living(House):
             assert (code(reply), surely) == ((429, "pool_exhausted"), False)
 
     @precondition(lambda self: len(self.told) < MOST)
-    @rule(number=picks, data=st.data(), act=st.sampled_from(get_args(Act)))
-    def while_it_runs(self, number: int, data: st.DataObject, act: Act) -> None:
+    @rule(number=picks, data=st.data(), act=st.sampled_from(get_args(Act)), fails=seldom)
+    def while_it_runs(self, number: int, data: st.DataObject, act: Act, fails: bool) -> None:
         session = self.pick(number)
         first, second = self.draw_rows(session, data, 6), self.draw_rows(session, data, 6)
-        self.do(self.met(session, act, first, second))
+        self.do(self.met(session, act, first, second, fails and not act.startswith("queued")))
 
-    async def met(self, session: str, act: Act, rows: list[list[int]], more: list[list[int]]) -> None:
-        """Something comes while a first append is held in its forward pass."""
+    async def met(self, session: str, act: Act, rows: list[list[int]], more: list[list[int]], fails: bool) -> None:
+        """Something comes while a first append is held in its forward pass, which may fail then."""
         told = self.told[session]
         runner = told.voice.runner
         sent = self.guarded(self.appending(session, "prefill", rows), "key", 0)
         after = Told(told.voice, told.with_more(rows), told.version + 1, told.max_length)
         second = self.guarded(self.appending(session, "prefill", more, after), "key", 0)
         runner.hold()
+        if fails:
+            runner.fail("prepare", session)
         leaver = RawRequest(self.app, sent.path, sent.body, sent.headers) if act == "leave" else None
         task: asyncio.Task[Any] = leaver.task if leaver else asyncio.create_task(self.send(sent))
         try:
@@ -372,11 +374,16 @@ class Living(House):
             runner.release()
         await asyncio.gather(task, return_exceptions=True)
         await until(lambda: self.engine.idle)
+        runner.mend()
         if act == "delete":
             assert code(task.result()) == (410, "session_gone")
             return
+        if fails:
+            await self.look()
         again = await self.send(sent)
-        assert (again.status_code, is_replay(again)) == (200, True), "what ran has committed"
+        if fails and again.status_code == 429:  # a fork has since taken a share of what it needs
+            return
+        assert (again.status_code, is_replay(again)) == (200, not fails), "what ran has committed"
         self.answered(session, again.json(), after.rows, rows, after.version)
         self.commit(session, after.rows)
         if act.startswith("queued"):
