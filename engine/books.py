@@ -37,6 +37,7 @@ class Books:
         self._has_news = False
         self._stopping = False
         self._failure: BaseException | None = None
+        self._has_held = False  # the last turn left something until its hold ends
         self._waiting = 0
         self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)
         self._tenants = Tenants(config, self._store, clock)

@@ -113,12 +113,13 @@ class Engine(Books):
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            self._has_news = False
+            self._has_news = self._has_held = False
         for served in self._served.values():
             with self._lock:
                 try:
                     self._sweep(served)
                     if self._held_until(served) is not None:
+                        self._has_held = True
                         continue
                     batch = served.scheduler.schedule(self._clock())
                 except Exception as error:
@@ -151,6 +152,8 @@ class Engine(Books):
             if deadlines:
                 waits.append(max(0.0, min(deadlines) - self._clock()) + 0.001)
             held = [until for served in self._served.values() if (until := self._held_until(served)) is not None]
+            if self._has_held and not held:
+                return  # its time came after `run_once` had looked
             if held:
                 waits.append(max(0.0, min(held) - self._clock()))
             self._news.wait(min(waits) if waits else None)

@@ -5,6 +5,7 @@ import numpy as np
 from engine.batch import Append, Array, Batch, ExportPast, ImportPast, RowResult
 from engine.config import EngineConfig
 from engine.engine import Engine
+from tests.engine.houses import Decoders
 from tests.fakes import FakeClock, FakeRunner
 
 STEP = 0.016  # seconds that every batch takes
@@ -124,3 +125,17 @@ def test_who_imported_one_position_did_not_step() -> None:
     assert clients.engine.run_once()
     clients.step(clients.ids[0])
     assert clients.engine.run_once(), "nobody is waited for"
+
+
+def test_what_was_held_until_now_is_not_waited_for() -> None:
+    """Its time comes between the turn that left it and the wait: nobody else would wake the engine."""
+    house = Decoders(gather_share=1.0, wait_seconds=1e6)
+    first, second = house.open(positions=4), house.open(positions=4)
+    house.runner.before_run = lambda batch: house.later(1)
+    house.append(first, 1)
+    append = house.submit(second, 1)
+    assert not house.engine.run_once()
+    house.later(10)
+    house.engine.wait()  # the test's own limit is the assertion
+    house.run()
+    assert append.future.result(0).valid_length == [5]
