@@ -5,8 +5,8 @@ Bound: decoding reads every weight once a step and every key and value of its se
 
     python -m benchmarks.vs_llama --llama-server PATH --weights DIR [--kinds BF16 F16 Q8_0 Q4_1] [--rounds 5] [--save]
 
-DIR holds smollm2-F16.gguf, smollm2-BF16.gguf, smollm2-Q8_0.gguf (`make bench-peers` writes them); Q4_1 is what the model
-comes in. Against Q8_0 ours serves with `--quantize int8`, else in bfloat16.
+DIR holds smollm2-F16.gguf, smollm2-BF16.gguf, smollm2-Q8_0.gguf (`make bench-peers` writes them); the model comes in
+Q4_1. Against Q8_0 ours serves with `--quantize int8`, else in bfloat16.
 """
 
 import argparse

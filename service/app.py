@@ -10,6 +10,7 @@ from keypast.keys import KeysError
 from service import openapi
 from service.auth import PUBLIC, Authenticate, KeyRing
 from service.bodies import Bodies
+from service.direct import Direct
 from service.errors import add_handlers
 from service.lifecycle import Load, Service
 from service.limits import RequestRate
@@ -45,6 +46,7 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         app.include_router(routes.router)
     add_handlers(app)
     openapi.install(app, PUBLIC)
+    app.add_middleware(Direct, inference.router.routes)
     app.add_middleware(Bodies, settings.body_seconds)
     app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute))
     app.add_middleware(RequestLog)

@@ -121,12 +121,26 @@ def problem_response(request: Request, error: Exception) -> Response:
     return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, PROBLEM_TYPE)
 
 
+# What a handler may raise on purpose.
+TOLD = (
+    BodyTooLarge,
+    BodyTooSlow,
+    BodyTooFine,
+    Unauthorized,
+    Forbidden,
+    NotReady,
+    EngineError,
+    WireError,
+    RequestValidationError,
+    HTTPException,
+)
+
+
 def add_handlers(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         return problem_response(request, error)
 
-    refusals = (BodyTooLarge, BodyTooSlow, BodyTooFine, Unauthorized, Forbidden, NotReady)
-    for kind in (*refusals, EngineError, WireError, RequestValidationError, HTTPException):
+    for kind in TOLD:
         app.add_exception_handler(kind, handle)
 
 

@@ -21,7 +21,7 @@ def once_of(request: Request, body: bytes = b"") -> Once:
     """The digest is over method, path, query (in any order) and the body, byte for byte: what is answered, not how (the
     reply's form is each request's own). Headers such as If-Match do not count. Raises WireError."""
     key = parse_key(request.headers.getlist("idempotency-key"))
-    hashed = hashlib.sha256(repr((request.method, request.url.path, _query(request))).encode())
+    hashed = hashlib.sha256(repr((request.method, request.scope["path"], _query(request))).encode())
     hashed.update(body)
     return Once(hashed.digest(), key)
 
@@ -30,7 +30,7 @@ def once_of_step(request: Request, step: BatchStep, arrays: Mapping[str, Array])
     """Of one step of a batch, which has the batch's key: keys are kept per session. The digest is over what the step
     asks for; the version that it expects does not count. Raises WireError."""
     options = step.model_dump(mode="json", exclude_unset=True, exclude={*ARRAY_INPUTS, "if_match"})
-    asked = repr((request.url.path, sorted(options.items()), digest(arrays)))
+    asked = repr((request.scope["path"], sorted(options.items()), digest(arrays)))
     return Once(hashlib.sha256(asked.encode()).digest(), parse_key(request.headers.getlist("idempotency-key")))
 
 

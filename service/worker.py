@@ -186,19 +186,39 @@ class EngineWorker:
 
 
 async def _answer(future: Future[T], receive: Receive) -> T:
-    if future.done():
-        return future.result()
+    """What it gives or raises; a reader who leaves before it is scheduled takes it along. Raises ReaderGone."""
+    if not future.done():
+        await _ended_soon(future)
+    return future.result() if future.done() and not future.cancelled() else await _watched(future, receive)
+
+
+async def _ended_soon(future: Future[T]) -> None:
+    """Returns when it has ended, or after `WATCH_AFTER`."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    future.add_done_callback(lambda _: tell(loop, wake))
+    late = loop.call_later(WATCH_AFTER, wake)
+    try:
+        await waiter
+    finally:
+        late.cancel()
+
+
+async def _watched(future: Future[T], receive: Receive) -> T:
     waiter: asyncio.Future[T] = _awaitable(future)
-    done, _ = await asyncio.wait([waiter], timeout=WATCH_AFTER)
-    if not done:
-        watch = asyncio.ensure_future(left(receive))
-        first: list[asyncio.Future[Any]] = [waiter, watch]
-        try:
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone = not watch.cancel()
-        if gone and future.cancel():
-            raise ReaderGone
+    watch = asyncio.ensure_future(left(receive))
+    first: list[asyncio.Future[Any]] = [waiter, watch]
+    try:
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone = not watch.cancel()
+    if gone and future.cancel():
+        raise ReaderGone
     return await waiter
 
 

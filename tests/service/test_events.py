@@ -5,13 +5,12 @@ import json
 from typing import Any
 
 import pytest
-from fastapi import Request
 
 from keypast.schemas import Event
-from service.auth import tenant
 from tests.service.conftest import Running, Start, until
 from tests.service.fakes import KINDS, Kind
 from tests.service.raw_client import RawRequest
+from tests.service.tenants import KEYS, as_tenant
 
 pytestmark = pytest.mark.anyio
 
@@ -182,19 +181,16 @@ async def test_a_reader_who_leaves_while_events_pour_in_is_let_go(start: Start) 
     await pouring
 
 
-async def test_only_the_callers_own(running: Running) -> None:
-    async def by_header(request: Request) -> str:
-        return request.headers.get("x-tenant", "")
-
-    running.app.dependency_overrides[tenant] = by_header
-    own, other = [await Reader(running, **{"x-tenant": name}).open() for name in "ab"]
+async def test_only_the_callers_own(start: Start) -> None:
+    running: Running = await start(settings={"keys": KEYS})
+    own, other = [await Reader(running, **as_tenant(name)).open() for name in "ab"]
     for name in "ab":
-        created = await running.client.post("/v1/sessions", json={"model": "echo"}, headers={"x-tenant": name})
+        created = await running.client.post("/v1/sessions", json={"model": "echo"}, headers=as_tenant(name))
         assert created.status_code == 201
     events = [(await reader.got(1))[0] for reader in (own, other)]
     assert events[0].id != events[1].id
     assert events[0].session_id != events[1].session_id
-    stolen = await Reader(running, after=events[1].id, **{"x-tenant": "a"}).open()
+    stolen = await Reader(running, after=events[1].id, **as_tenant("a")).open()
     assert [(event.type, event.lost) for event in await stolen.got(2)] == [("gap", None), ("created", None)]
     assert stolen.events[1].session_id == events[0].session_id
     for reader in (own, other, stolen):

@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from fastapi import Request
 
 from engine.attention.base import Backend
 from engine.batch import Array, Batch, RowResult
@@ -27,13 +26,13 @@ from engine.models import build
 from engine.models.base import LoadOptions, Model
 from engine.runner import ModelRunner
 from keypast.wire import SAFETENSORS_TYPE, dump_tensors, encode_options, load_tensors
-from service import auth
 from service.app import create_app
 from service.lifecycle import Loaded
 from service.settings import Settings
 from tests.engine.models import CACHE, backend
 from tests.fakes import FakeClock
 from tests.service.conftest import until
+from tests.service.tenants import KEYS, as_tenant
 from tests.tiny import save_tiny_decoder
 
 pytestmark = pytest.mark.anyio
@@ -118,7 +117,7 @@ class House:
     open_by_a: list[str] = field(default_factory=list)
 
     async def call(self, tenant: str, method: str, path: str, **body: Any) -> httpx.Response:
-        return await self.http.request(method, f"/v1/sessions{path}", json=body, headers={"x-tenant": tenant})
+        return await self.http.request(method, f"/v1/sessions{path}", json=body, headers=as_tenant(tenant))
 
     async def open(self, tenant: str, **options: Any) -> str:
         reply = await self.call(tenant, "POST", "", model="model", **options)
@@ -129,7 +128,7 @@ class House:
         self, tenant: str, path: str, verb: str, n: int, past: int, *, canary: float = 0, **options: Any
     ) -> httpx.Response:
         content = dump_tensors(INPUTS[self.kind](n, past, canary), {})
-        headers = {"x-tenant": tenant, "content-type": SAFETENSORS_TYPE, "accept": SAFETENSORS_TYPE}
+        headers = {**as_tenant(tenant), "content-type": SAFETENSORS_TYPE, "accept": SAFETENSORS_TYPE}
         url = f"/v1/sessions{path}/{verb}"
         return await self.http.post(url, content=content, headers=headers, params=encode_options(options))
 
@@ -152,12 +151,7 @@ async def opened(kind: str, backend_name: str, path: Path, **config: Any) -> Asy
     runner, clock = Runner(model_of(kind, path), backend(backend_name)), FakeClock()
     settings = EngineConfig(**{"block_size": BLOCK_SIZE, "token_budget": 64, **config})
     engine = Engine([runner], settings, clock)
-    app = create_app(lambda progress: Loaded(engine, {}), Settings(drain_seconds=1.0))
-
-    async def tenant(request: Request) -> str:
-        return request.headers["x-tenant"]
-
-    app.dependency_overrides[auth.tenant] = tenant
+    app = create_app(lambda progress: Loaded(engine, {}), Settings(drain_seconds=1.0, keys=KEYS))
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://k")
     async with app.router.lifespan_context(app), client:
         await app.state.service.loaded()

@@ -7,42 +7,31 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import Request
 
 from engine.config import Quota
 from keypast.past import Past
 from keypast.schemas import Capacity
-from service import auth
 from tests.service.conftest import Running, Start
 from tests.service.fakes import KINDS
+from tests.service.tenants import KEYS, as_tenant
 
 pytestmark = pytest.mark.anyio
 
 DECODER = KINDS["decoder"]
 
 
-def told_by_header(running: Running) -> None:
-    """Whoever asks says which tenant it is."""
-
-    async def tenant(request: Request) -> str:
-        return request.headers.get("x-tenant", "")
-
-    running.app.dependency_overrides[auth.tenant] = tenant
-
-
 async def test_capacity_is_the_callers_quota_and_use(start: Start) -> None:
     quotas = {"a": Quota(sessions=3, blocks=20, guaranteed_blocks=8, positions_per_minute=6000)}
-    running = await start(blocks=64, quotas=quotas)
-    told_by_header(running)
+    running = await start(blocks=64, quotas=quotas, settings={"keys": KEYS})
     for tenant, n in (("a", 5), ("b", 40)):
-        headers = {"x-tenant": tenant}
+        headers = as_tenant(tenant)
         session = {"model": "letters", "id": "mine", "pinned": tenant == "a"}
         await running.client.post("/v1/sessions", json=session, headers=headers)
         reply = await running.client.post("/v1/sessions/mine/prefill", json=DECODER.json(n), headers=headers)
         assert reply.status_code == 200
     shown = {}
     for tenant in "ab":
-        reply = await running.client.get("/v1/capacity", headers={"x-tenant": tenant})
+        reply = await running.client.get("/v1/capacity", headers=as_tenant(tenant))
         shown[tenant] = Capacity.model_validate_json(reply.content)
     for capacity in shown.values():
         letters = next(pool for pool in capacity.pools if pool.model == "letters")
@@ -93,7 +82,7 @@ class Client:
 
     def __init__(self, running: Running, tenant: str, number: int) -> None:
         self.http = running.client
-        self.headers = {"x-tenant": tenant}
+        self.headers = as_tenant(tenant)
         self.random = random.Random(number)
         self.told: dict[str, list[int]] = {}
         self.answers: Counter[tuple[int, str]] = Counter()
@@ -172,8 +161,9 @@ class Client:
 async def test_load_beyond_capacity_is_refused_and_never_lost(start: Start, evict: str) -> None:
     """64 clients of four tenants, some 160 sessions of up to 5 blocks each, and 40 blocks."""
     quotas = {"g": Quota(guaranteed_blocks=20, sessions=4), "few": Quota(blocks=9, concurrent_appends=3)}
-    running = await start(blocks=41, wait_seconds=0.05, evict=evict, quotas=quotas, token_budget=16)
-    told_by_header(running)
+    running = await start(
+        blocks=41, wait_seconds=0.05, evict=evict, quotas=quotas, token_budget=16, settings={"keys": KEYS}
+    )
     tenants = ["g", *["few", "x", "y"] * 21]
     clients = [Client(running, tenant, number) for number, tenant in enumerate(tenants)]
     await asyncio.gather(*(client.live(16, 20) for client in clients))
