@@ -8,13 +8,14 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # make serve TORCH="torch==2.13.0 --index-url <your CPU index>".
 TORCH ?= torch==2.13.0
 
-.PHONY: help serve install test test-slow check format bench bench-peers clean
+.PHONY: help serve install test test-slow check format bench bench-peers gpu-check clean
 
 help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
 	@echo "make test       install what tests need, run the fast suite (make test-slow: the rest)"
 	@echo "make check      format, lint, types, import layers"
 	@echo "make bench      the benchmarks of this machine, last line JSON each (make bench-peers: beside other servers)"
+	@echo "make gpu-check  on a GPU: is it right, how fast is it; needs nothing installed but torch and triton"
 
 serve: $(VENV)/.server
 	@exec $(BIN)/keypast serve
@@ -50,6 +51,10 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.sessions --llama-server .peers/llama/bin/llama-server --weights .peers --save
 	$(BIN)/python -m benchmarks.raw_layer --save
 	$(BIN)/python -m benchmarks.http_load --save
+
+# Runs from the source tree with the Python that has torch, triton, numpy and safetensors: .venv's if there is one.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu_check --save
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

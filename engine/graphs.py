@@ -145,6 +145,10 @@ class StepGraphs:
         """(rows, width) of the recording that such a step goes to, or None."""
         return next((pair for pair in self._buckets if pair[0] >= rows and pair[1] >= width), None)
 
+    def recording(self, rows: int, width: int) -> Callable[[], None]:
+        """What plays back the recording that such a step goes to. Raises KeyError where there is none."""
+        return self._recorded[self.bucket(rows, width) or (rows, width)][0]
+
     def play(self, tokens: Array, attention: Mapping[str, Array]) -> Computed | None:
         """`attention`: fields of AttentionInputs of rows that bring one query and one key each. None: no recording is
         large enough. What it gives is overwritten by the next call."""

@@ -125,6 +125,11 @@ class ModelRunner:
         width = min(blocks_for(self.spec.max_length, self._block_size), self.blocks - 1)
         self._graphs = StepGraphs(device, self._step, min(max_rows, self.blocks - 1), width, progress)
 
+    def replay_of(self, plan: Plan) -> Callable[[], None]:
+        """What plays back the recording that such a step goes to, over what its buffers hold: to be timed alone."""
+        assert self._graphs is not None
+        return self._graphs.recording(*plan.attention["block_table"].shape)
+
     def _step(self, tokens: Tensor, inputs: AttentionInputs) -> Computed:
         assert self.spec.history is not None
         view = PagedView(self._pool, inputs, self.backend)

@@ -1,9 +1,11 @@
 """What the runner asks of a model, whatever its kind, and what loading one takes and gives."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from engine.batch import Row, RowResult
 from engine.errors import InvalidInput
 from engine.parallel import Parallel
 from engine.specs import DTYPE_BYTES, ModelSpec
-from engine.text import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.text import Tokenizer  # models run where no tokenizer is installed
 
 Progress = Callable[[str], None]
 QUANTIZE = ("none", "int8")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.attention.base import Rotary
 from engine.checkpoints.config import DecoderConfig
-from engine.checkpoints.gguf import convert, default_model
 from engine.checkpoints.weights import Checkpoint, fetch_hub
 from engine.compat.convert import read
 from engine.errors import InvalidInput
@@ -21,7 +20,6 @@ from engine.models.decoder import DecoderModel, decoder_spec
 from engine.models.options import AttentionOptions
 from engine.models.rotary import plain_tables, rotary_tables
 from engine.parallel import Parallel, divide
-from engine.text import Tokenizer
 
 
 def build_attention(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
@@ -81,6 +79,8 @@ def build_attention(name: str, spec: str, options: LoadOptions, progress: Progre
 
 
 def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
+    from engine.text import Tokenizer  # here: a model of tensors needs no tokenizer
+
     checkpoint = Checkpoint.open(_directory(spec, options.cache_dir, progress), options.cache_dir)
     device, dtype = options.resolve()
     progress(f"{name}: loading {checkpoint.config.architecture}")
@@ -152,6 +152,8 @@ def _rotary(config: DecoderConfig, device: str) -> Rotary | None:
 
 
 def _directory(spec: str, cache_dir: Path, progress: Progress) -> Path:
+    from engine.checkpoints.gguf import convert, default_model  # likewise
+
     if spec == "default":
         return convert(default_model(cache_dir, progress), cache_dir, progress)
     if spec.startswith("hf:"):

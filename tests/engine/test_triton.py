@@ -16,7 +16,7 @@ from engine.attention.base import Scoring
 from engine.attention.cuda import TritonBackend, Tuning
 from engine.attention.sdpa import SdpaBackend
 from tests.engine.attention_cases import Case, World, make
-from tests.engine.triton_cases import BRAIN, CASES, HALF, SMALL, check
+from tests.engine.triton_cases import BRAIN, CASES, HALF, SMALL, check, one_row
 
 WIDE = replace(SMALL, wide=True)
 
@@ -74,25 +74,6 @@ def test_any_batch(
         seed=seed,
     )
     check(case, tuning, transposed=transposed)
-
-
-def one_row(w: World, row: int) -> World:
-    """The row alone, with a table as wide as it needs."""
-    inputs = w.inputs
-    start, stop = inputs.query_start[row : row + 2].tolist()
-    present = int(inputs.present_length[row])
-    width = -(-present // w.case.block_size)
-    alone = replace(
-        inputs,
-        query_start=torch.tensor([0, stop - start], dtype=torch.int32),
-        past_length=inputs.past_length[row : row + 1],
-        present_length=inputs.present_length[row : row + 1],
-        block_table=inputs.block_table[row : row + 1, :width].contiguous(),
-        positions=inputs.positions[start:stop],
-        slots=inputs.slots[start:stop],
-        steps=stop - start == 1,
-    )
-    return replace(w, q=w.q[start:stop], k=w.k[start:stop], v=w.v[start:stop], inputs=alone)
 
 
 def one_term(w: World) -> World:
