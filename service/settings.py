@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.config import Quota
 
@@ -23,7 +24,19 @@ class SettingsError(ValueError):
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", validate_default=True)
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What it is given, and nothing else: `read_settings` says from where."""
+        return (init_settings,)
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for every one")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -246,10 +259,15 @@ def parse_memory(text: str, available: int) -> int:
     return size
 
 
-def read_settings() -> Settings:
-    """Raises SettingsError."""
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+    """What KEYPAST_* says, in whichever case; other names are not ours. Raises SettingsError."""
+    given: dict[str, Any] = {}
+    for key, value in environment.items():
+        prefix, name = key[: len(PREFIX)].upper(), key[len(PREFIX) :].lower()
+        if prefix == PREFIX and name in Settings.model_fields:
+            given[name] = value
     try:
-        return Settings()
+        return Settings(**given)
     except ValidationError as error:
         lines = []
         for problem in error.errors(include_url=False):

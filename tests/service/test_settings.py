@@ -28,9 +28,13 @@ def test_every_setting_is_documented() -> None:
         ('{"a": "hf:org/name@main"}', {"a": "hf:org/name@main"}),
     ],
 )
-def test_models(monkeypatch: pytest.MonkeyPatch, text: str, models: dict[str, str]) -> None:
-    monkeypatch.setenv("KEYPAST_MODELS", text)
-    assert read_settings().models == models
+def test_models(text: str, models: dict[str, str]) -> None:
+    assert read_settings({"KEYPAST_MODELS": text}).models == models
+
+
+def test_other_names_are_not_ours_and_case_does_not_matter() -> None:
+    given = {"keypast_port": "9000", "KEYPAST_URL": "http://there", "PORT": "80", "KEYPAST_BLOCK_SIZE": "4"}
+    assert read_settings(given) == Settings(port=9000, block_size=4)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +68,9 @@ def test_models(monkeypatch: pytest.MonkeyPatch, text: str, models: dict[str, st
         ("QUOTAS", '{"a": {"guaranteed_blocks": null}}', "a number"),
     ],
 )
-def test_a_bad_value_names_its_key_and_the_fix(
-    monkeypatch: pytest.MonkeyPatch, key: str, value: str, hint: str
-) -> None:
-    monkeypatch.setenv(PREFIX + key, value)
+def test_a_bad_value_names_its_key_and_the_fix(key: str, value: str, hint: str) -> None:
     with pytest.raises(SettingsError) as refused:
-        read_settings()
+        read_settings({PREFIX + key: value})
     assert str(refused.value).startswith(f"{PREFIX}{key}")
     assert hint in str(refused.value)
 
@@ -90,19 +91,16 @@ def test_memory(text: str, size: int) -> None:
     assert parse_memory(text, available=100 << 20) == size
 
 
-def test_a_tenants_quota_is_the_common_one_with_its_own_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tenants_quota_is_the_common_one_with_its_own_put_in() -> None:
     assert (Settings().quota, Settings().tenant_quotas) == (Quota(), {})
-    monkeypatch.setenv("KEYPAST_QUOTA", "sessions=5 positions_per_minute=600")
-    monkeypatch.setenv("KEYPAST_QUOTAS", '{"a": {"guaranteed_blocks": 40, "sessions": null}, "b": {"pinned": 0}}')
-    settings = read_settings()
+    own = '{"a": {"guaranteed_blocks": 40, "sessions": null}, "b": {"pinned": 0}}'
+    settings = read_settings({"KEYPAST_QUOTA": "sessions=5 positions_per_minute=600", "KEYPAST_QUOTAS": own})
     assert settings.quota == Quota(sessions=5, positions_per_minute=600)
     assert settings.tenant_quotas == {
         "a": Quota(positions_per_minute=600, guaranteed_blocks=40),
         "b": Quota(sessions=5, positions_per_minute=600, pinned=0),
     }
-    monkeypatch.setenv("KEYPAST_QUOTAS", "{}")
-    monkeypatch.setenv("KEYPAST_QUOTA", '{"blocks": 7}')
-    assert read_settings().quota == Quota(blocks=7)
+    assert read_settings({"KEYPAST_QUOTAS": "{}", "KEYPAST_QUOTA": '{"blocks": 7}'}).quota == Quota(blocks=7)
 
 
 @pytest.mark.parametrize(("text", "share"), [("25%", 0.25), ("12.5 %", 0.125), ("4GiB", None), ("500000000", None)])
