@@ -30,6 +30,7 @@ def keypast() -> None:
 
 @app.command()
 def serve(
+    context: typer.Context,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="A model to load; repeatable.")] = None,
@@ -71,7 +72,7 @@ def serve(
     if model:
         environ["KEYPAST_MODELS"] = dumps(dict(map(_named, model)))
     try:
-        service = import_module("service.__main__")
+        service = (context.obj or import_module)("service.__main__")
     except ModuleNotFoundError as error:
         message = f"serving needs {error.name}, which is not installed: pip install 'keypast[server]'"
         raise failed(message) from None

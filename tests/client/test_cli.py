@@ -1,9 +1,9 @@
 """The command line, piped: every command against the fake service, and every error in one line."""
 
 import json
-import sys
+import os
 from collections.abc import Callable
-from types import ModuleType
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -142,16 +142,22 @@ def test_a_wrong_address(run: Run) -> None:
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
 
 
-def test_serve_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_hands_its_options_on() -> None:
     started: list[dict[str, str]] = []
-    service = ModuleType("service.__main__")
-    environment: dict[str, str] = {"KEYPAST_HOST": "0.0.0.0"}
-    service.main = lambda: started.append(dict(environment))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "service.__main__", service)
-    monkeypatch.setattr("keypast.cli.environ", environment)
+    names = ("PORT", "QUANTIZE", "MODELS", "KV_MEMORY", "MODEL_PARALLEL")
+    environment = {
+        "KEYPAST_HOST": "0.0.0.0",
+        **{f"KEYPAST_{name}": None for name in names},
+    }  # as it is again afterwards
+
+    def load(name: str) -> SimpleNamespace:
+        assert name == "service.__main__"
+        return SimpleNamespace(main=lambda: started.append({key: os.environ[key] for key in environment}))
+
     models_given = ["--model", "a=b:c=d", "--model", "e=f"]
     others = ["--kv-memory", "4GiB", "--model-parallel", "2", "--quantize", "int8"]
-    result = run("serve", "--port", "9", *models_given, *others)
+    arguments = ["serve", "--port", "9", *models_given, *others]
+    result = CliRunner().invoke(app, arguments, obj=load, env=environment)
     assert result.exit_code == 0
     models = json.dumps({"a": "b:c=d", "e": "f"})
     assert started == [
@@ -166,10 +172,12 @@ def test_serve_hands_its_options_on(run: Run, monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_serve_without_the_service(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "service.__main__", None)
-    result = run("serve")
+def test_serve_without_the_service() -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(name="fastapi")
+
+    result = CliRunner().invoke(app, ["serve"], obj=missing)
     assert result.exit_code == 1
     assert "pip install 'keypast[server]'" in result.stderr
-    wrong = run("serve", "--model", "nonsense")
+    wrong = CliRunner().invoke(app, ["serve", "--model", "nonsense"], obj=missing)
     assert (wrong.exit_code, wrong.stderr) == (1, "keypast: --model takes NAME=SPEC, not 'nonsense'\n")
