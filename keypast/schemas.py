@@ -26,6 +26,7 @@ MAX_INT = 2**31 - 1
 MAX_SEED = 2**63 - 1
 MAX_ROWS = 1024
 MAX_FORKS = 256
+MAX_ITEMS = 512
 MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -255,7 +256,8 @@ class BatchSteps(Request):
         {"items": [{"session_id": "a", "token_ids": [[7042]]}, {"session_id": "b", "token_ids": [[15]]}]},
     )
 
-    items: list[SkipValidation[BatchStep]] = Field(min_length=1)  # as they came: `keypast.batch` reads each by itself
+    # as they came: `keypast.batch` reads each by itself
+    items: list[SkipValidation[BatchStep]] = Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
 
 
 class GenerateRequest(Request):

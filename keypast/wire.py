@@ -42,6 +42,7 @@ JSON_TYPE = "application/json"
 MERGE_PATCH_TYPE = "application/merge-patch+json"
 SAFETENSORS_TYPE = "application/vnd.safetensors"
 MAX_NAMES = 1 << 16  # in one JSON body; 512 steps of three tensors have 8,000
+LONGEST_NAME = 128  # characters of a field that is told
 MAX_ERRORS = 100  # of one body
 MAX_HEADER_BYTES = 1 << 18  # of a safetensors file; ours hold a few names
 
@@ -67,6 +68,7 @@ class WireError(ValueError):
     """`field` is the tensor's or option's name, "body" when it is the whole; the message says what would be right."""
 
     def __init__(self, field: str, message: str) -> None:
+        field = field if len(field) <= LONGEST_NAME else f"{field[:LONGEST_NAME]}.."  # it may be the client's own word
         super().__init__(f"{field}: {message}")
         self.field = field
         self.message = message

@@ -9,7 +9,7 @@ takes nothing. What is refused here is answered once, and the connection ends.
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,6 +18,8 @@ from uvicorn.server import ServerState
 from keypast.schemas import Code
 from service.errors import PROBLEM_TYPE, refusal_problem
 from service.settings import Settings
+
+LINGER = 2.0  # seconds that what a refused client still sends is taken and dropped: else it would never see its reply
 
 
 class Connection(HttpToolsProtocol):
@@ -41,7 +43,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._framing = 0  # bytes of this message that are no body, as far as whole packets tell
         self._framed = 0  # bytes of its body
-        self._refused = False
+        self._ended = False
         self._whole = True
         self._clock: asyncio.TimerHandle | None = None  # until the head is there, or the rest of an unread body
         self._stall: asyncio.TimerHandle | None = None  # while the reader takes too little
@@ -60,7 +62,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._ended:
             return
         begun, framed = self._begun, self._framed
         super().data_received(data)
@@ -89,25 +91,28 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stop_clock()
         head = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if self._refused:
+        if self._ended:
             return
         if head > self.settings.max_head_bytes:
             self._too_long()
         else:
             super().on_headers_complete()
+            self.cycle.transport = cast(asyncio.Transport, _Ending(self))
 
     def on_body(self, body: bytes) -> None:
         self._framed += len(body)
-        if not self._refused:
+        if not self._ended:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._whole = True
         self._stop_clock()
-        if not self._refused:
+        if not self._ended:
             super().on_message_complete()
 
     def on_response_complete(self) -> None:
+        if self._ended:
+            return
         super().on_response_complete()
         if not self._whole and not self._in_head and not self.transport.is_closing():
             self._clock = self.loop.call_later(
@@ -161,7 +166,7 @@ class Connection(HttpToolsProtocol):
         """Answers, unless that would be taken for another request's reply, and ends the connection and what it asked
         for."""
         in_head = self._in_head or self.cycle is None or self.cycle.scope is not self.scope
-        self._refused = True
+        self._ended = True
         cycle = self.cycle
         if self.transport.is_closing():
             return
@@ -174,4 +179,28 @@ class Connection(HttpToolsProtocol):
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-        self.transport.close()
+        self._linger()
+
+    def end(self) -> None:
+        """After the reply that is the connection's last."""
+        if self._whole:
+            self.transport.close()
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        """A connection that is closed with bytes unread is reset, and what was written last may be lost with it."""
+        self._ended = True
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER, self.transport.abort)
+
+
+class _Ending:
+    """A request's transport; its last reply ends the connection, but not before the client could read it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.close = connection.end
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing

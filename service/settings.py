@@ -129,7 +129,7 @@ class Settings(BaseSettings):
 
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")
     max_json_bytes: int = Field(
-        default=32 << 20, ge=1024, description="of them, those in JSON, which takes many times its size in memory"
+        default=16 << 20, ge=1024, description="of them, those in JSON, which takes up to 40 times its size in memory"
     )
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
     replay_bytes: int = Field(
