@@ -155,8 +155,7 @@ def check_tls(settings: Settings) -> None:
 
 def _check_open(settings: Settings, address: str) -> None:
     """Raises SettingsError when other machines could ask, and nothing would ask them for a key."""
-    keyless = settings.keys_file is None and not settings.keys.strip()
-    if keyless and not settings.insecure and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    if not (settings.guarded or settings.insecure) and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         raise SettingsError(
             f"KEYPAST_HOST={settings.host}: without API keys only this machine is served; make some with `keypast keys "
             "new TENANT --file FILE` and set KEYPAST_KEYS_FILE, or serve whoever asks with --insecure "

@@ -206,6 +206,11 @@ class Settings(BaseSettings):
         return float(text.removesuffix("%")) / 100 if text.endswith("%") else None
 
     @property
+    def guarded(self) -> bool:
+        """Whether there are API keys, so that every request needs one."""
+        return self.keys_file is not None or bool(self.keys.strip())
+
+    @property
     def tenant_quotas(self) -> dict[str, Quota]:
         """Of tenants that have one of their own, whole."""
         return {tenant: _own_quota(self.quota, fields) for tenant, fields in self.quotas.items()}

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from keypast.schemas import Health, Version
 from keypast.wire import JSON_TYPE
-from service.lifecycle import service_of
+from service.lifecycle import Service, service_of
 from service.openapi import Documented, reply
 
 router = APIRouter(tags=["operations"], default_response_class=Response)
@@ -22,18 +22,23 @@ async def livez() -> Response:
 
 @router.get("/readyz", responses=_READY)
 async def readyz(request: Request) -> Response:
-    """200 when new work is taken."""
+    """200 when new work is taken. Where keys are asked for it does not say why not: /health does."""
     service = service_of(request)
+    return _health(service, None if service.settings.guarded else service.detail)
+
+
+def _health(service: Service, detail: str | None) -> Response:
     if service.status == "ready":
         return Response(Health(status="ready").model_dump_json(exclude_none=True), media_type=JSON_TYPE)
-    body = Health(status=service.status, detail=service.detail).model_dump_json(exclude_none=True)
+    body = Health(status=service.status, detail=detail).model_dump_json(exclude_none=True)
     return Response(body, 503, {"Retry-After": "1"}, JSON_TYPE)
 
 
 @router.get("/health", responses=_READY)
 async def health(request: Request) -> Response:
-    """The same as /readyz."""
-    return await readyz(request)
+    """The same as /readyz, and what is being loaded or went wrong."""
+    service = service_of(request)
+    return _health(service, service.detail)
 
 
 @router.get("/version", responses={200: reply(Version, "The service's version.")})

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 
 from keypast.keys import KeyRecord, KeysError, new_key, write_keys
+from service.app import create_app
 from service.auth import ANYBODY, LOOK_EVERY, PUBLIC, KeyRing
 from service.errors import METHODS, PROBLEM_TYPE, Unauthorized
+from service.lifecycle import Loaded
 from service.settings import Settings, SettingsError
 from tests.service.conftest import Running, Start
 from tests.service.fakes import Kind
@@ -204,6 +206,21 @@ async def test_an_admin_counts_the_books_anew_and_drains(guarded: Running) -> No
     refused = await guarded.client.post("/v1/sessions", json={"model": "letters"}, headers=bearer(ALICE))
     assert refused.status_code == 503
     assert (await guarded.client.get("/readyz")).status_code == 503
+
+
+async def test_who_has_no_key_is_not_told_why_it_is_not_ready() -> None:
+    def load(progress: Callable[[str], None]) -> Loaded:
+        progress("reading /srv/models/secret")
+        raise RuntimeError("no")
+
+    app = create_app(load, Settings(keys=LINES))
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://k") as client:
+        with pytest.raises(RuntimeError, match="no"):
+            await app.state.service.loaded()
+        told = await client.get("/readyz")
+        assert (told.status_code, told.json()) == (503, {"status": "down"})
+        assert "detail" in (await client.get("/health", headers=bearer(ALICE))).json()
 
 
 async def test_a_route_that_forgets_to_ask_is_guarded_all_the_same(guarded: Running) -> None:
