@@ -3,6 +3,7 @@ under one lock, on the caller's thread, and needs no model: create, read, change
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -37,6 +38,7 @@ class Books:
         self._has_news = False
         self._stopping = False
         self._failure: BaseException | None = None
+        self._wakes_at = math.inf  # when a wait for news ends by itself
         self._has_held = False  # the last turn left something until its hold ends
         self._waiting = 0
         self._store = SessionStore(config.max_sessions, config.tombstones, clock, config.tombstone_seconds)

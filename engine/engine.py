@@ -5,6 +5,7 @@ queues) is guarded by one lock that is never held through a forward pass, so for
 model. A block freed while a forward pass still writes to it is safe: only `run_once` hands blocks out, afterwards.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -80,7 +81,8 @@ class Engine(Books):
             if not isinstance(operation, ExportPast):  # a read is no use
                 self._store.touch(session)
             self._advance(session)
-            if self._held_until(self._served[session.model]) is None:
+            until = self._held_until(self._served[session.model])
+            if until is None or until < self._wakes_at:
                 self._tell()
 
     def recalls(self, session_id: str, tenant: str, once: Once, expected_version: int | None) -> bool:
@@ -156,7 +158,10 @@ class Engine(Books):
                 return  # its time came after `run_once` had looked
             if held:
                 waits.append(max(0.0, min(held) - self._clock()))
-            self._news.wait(min(waits) if waits else None)
+            seconds = min(waits, default=None)
+            self._wakes_at = math.inf if seconds is None else self._clock() + seconds
+            self._news.wait(seconds)
+            self._wakes_at = math.inf
 
     def stop(self) -> None:
         """Refuses new work from now on. What runs or waits still ends; call `run_once` until `idle`."""

@@ -1,5 +1,8 @@
 """Whether a batch waits for those who stepped in the last one, with a clock that is told the time."""
 
+import threading
+import time
+
 import numpy as np
 
 from engine.batch import Append, Array, Batch, ExportPast, ImportPast, RowResult
@@ -137,5 +140,21 @@ def test_what_was_held_until_now_is_not_waited_for() -> None:
     assert not house.engine.run_once()
     house.later(10)
     house.engine.wait()  # the test's own limit is the assertion
+    house.run()
+    assert append.future.result(0).valid_length == [5]
+
+
+def test_what_is_held_wakes_an_engine_that_waits_for_nothing() -> None:
+    house = Decoders(gather_share=1.0, wait_seconds=1e6)
+    first, second = house.open(positions=4), house.open(positions=4)
+    house.runner.before_run = lambda batch: house.later(1)
+    house.append(first, 1)
+    waiting = threading.Thread(target=house.engine.wait, daemon=True)
+    waiting.start()
+    time.sleep(0.05)  # until it waits: if it does not yet, the test proves less and does not fail
+    append = house.submit(second, 1)
+    waiting.join(10)
+    assert not waiting.is_alive()
+    house.later(10)
     house.run()
     assert append.future.result(0).valid_length == [5]
