@@ -49,7 +49,14 @@ class LoadedModel:
 def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -> LoadedModel:
     """Raises InvalidInput naming the spec's or the checkpoint's fault, and its fix."""
     device, _ = options.resolve()
-    backend = choose(options.backend, device, options.cache_dir, options.warn, progress)
+    backend = choose(
+        options.backend,
+        device,
+        options.cache_dir,
+        options.warn,
+        progress,
+        recorded=options.graphs and options.parallel is None,
+    )
     options = replace(options, kernels=isinstance(backend, CpuBackend))
     if options.exact:
         _check_exact(options)

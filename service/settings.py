@@ -63,7 +63,7 @@ class Settings(BaseSettings):
         default="none", description="int8: decoders on the CPU keep their linears' weights in 8 bits"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
-    attention_backend: Literal["auto", "cpu", "triton", "sdpa"] = Field(
+    attention_backend: Literal["auto", "cpu", "triton", "flashinfer", "sdpa"] = Field(
         default="auto", description="sdpa is the slow reference; auto: the fastest that the device has"
     )
     exact: bool = Field(

@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.attention.base import Backend
 from engine.attention.cpu import CpuBackend
 from engine.attention.cuda import TritonBackend, TritonUnavailable
+from engine.attention.flashinfer import FlashInferBackend, fastest, installed
 from engine.attention.sdpa import SdpaBackend
+from engine.attention.timing import step_seconds
 from engine.errors import InvalidInput
 from engine.kernels.build import KernelUnavailable
 
-BACKENDS = ("auto", "cpu", "triton", "sdpa")
+BACKENDS = ("auto", "cpu", "triton", "flashinfer", "sdpa")
 
 
 def choose(
@@ -21,8 +24,14 @@ def choose(
     cache_dir: Path,
     warn: Callable[[str], None],
     progress: Callable[[str], None] | None = None,
+    recorded: bool = False,
+    flashinfer: Callable[[], Any] = installed,
+    seconds: Callable[[Backend], float] = step_seconds,
 ) -> Backend:
-    """`auto`: the fastest that the device has, or sdpa with a warning that says why. Raises InvalidInput."""
+    """`auto`: the fastest that the device has, or sdpa with a warning that says why. Raises InvalidInput.
+
+    `recorded`: steps will be, which saves more than one kernel has over another, so `auto` is one that can be.
+    `flashinfer` gives that library, or None; `seconds` times a backend, where a GPU has more than one."""
     if name not in BACKENDS:
         raise InvalidInput("attention_backend", f"must be one of {', '.join(BACKENDS)}, got {name!r}")
     on_cpu = torch.device(device).type == "cpu"
@@ -31,9 +40,29 @@ def choose(
     if name != "auto" and (name == "cpu") != on_cpu:
         raise InvalidInput("attention_backend", f"{name} does not run on the device {device}; say auto")
     try:
-        return CpuBackend(cache_dir, progress=progress) if on_cpu else TritonBackend()
+        return (
+            CpuBackend(cache_dir, progress=progress) if on_cpu else _on_gpu(name, warn, recorded, flashinfer, seconds)
+        )
     except (KernelUnavailable, TritonUnavailable) as reason:
         if name != "auto":
             raise InvalidInput("attention_backend", f"{name} is not available: {reason}") from reason
         warn(f"attention runs on the slow path (several times slower): {reason}")
         return SdpaBackend()
+
+
+def _on_gpu(
+    name: str,
+    warn: Callable[[str], None],
+    recorded: bool,
+    flashinfer: Callable[[], Any],
+    seconds: Callable[[Backend], float],
+) -> Backend:
+    """Raises InvalidInput, TritonUnavailable."""
+    library = None if name == "triton" or (name == "auto" and recorded) else flashinfer()
+    if library is None:
+        if name == "flashinfer":
+            raise InvalidInput("attention_backend", "flashinfer is not installed: pip install 'keypast[flashinfer]'")
+        return TritonBackend()
+    if name == "flashinfer":
+        return FlashInferBackend(library)
+    return fastest([TritonBackend(), FlashInferBackend(library)], seconds, warn)

@@ -28,5 +28,5 @@ def test_a_backend_of_another_device_is_refused(name: str, device: str) -> None:
 
 
 def test_an_unknown_backend_is_refused_with_the_names_of_those_there_are() -> None:
-    with pytest.raises(InvalidInput, match="must be one of auto, cpu, triton, sdpa, got 'fast'"):
+    with pytest.raises(InvalidInput, match="must be one of auto, cpu, triton, flashinfer, sdpa, got 'fast'"):
         choose("fast", "cpu", CACHE, print)
