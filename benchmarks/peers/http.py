@@ -3,15 +3,16 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 
 class Connection:
-    """Keep-alive HTTP/1.1 to one server."""
+    """Keep-alive HTTP/1.1 to one server; `headers` go with every request."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, headers: Mapping[str, str] | None = None) -> None:
         self.port = port
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def call(self, method: str, path: str, body: object = None) -> Any:
@@ -49,7 +50,7 @@ class Connection:
         """Sends, reads the reply's head; the length of its body, None when it is chunked."""
         data = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\nHost: l\r\nContent-Type: application/json\r\n"
-        head += f"Content-Length: {len(data)}\r\n\r\n"
+        head += f"{self._headers}Content-Length: {len(data)}\r\n\r\n"
         reader, writer = await self._open()
         writer.write(head.encode() + data)
         lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")

@@ -1,0 +1,246 @@
+"""What sessions promise, in numbers: forks, truncates and memory that cost what they must, and a guarantee that holds.
+
+    fork        of a session of 2,000 positions, against prefilling them again; blocks of 8 forks, against copies
+    truncate    by one position at 4,000 of them, against at 64: it must not depend on what is kept
+    waste       positions that 256 sessions of 64 to 2,048 have memory for, against those that they hold
+    guarantee   p99 of the steps of a tenant within its guarantee, while another with 63 connections and four times
+                the sessions that fit does what it can, against p99 when it is alone
+
+Forks and the guarantee over HTTP, the others in process, where HTTP hides nothing. Bounds: the other side.
+
+    python -m benchmarks.contract [--rounds 5] [--seconds 20] [--save]
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers.compare import HEADER, Pairs, interleave, median_ms, report
+from benchmarks.peers.http import Connection
+from benchmarks.peers.ours import OurEngine, run
+from benchmarks.peers.servers import Keypast, prompt
+from engine.batch import Append, Truncate
+from keypast.keys import new_key
+
+FORKED, FORKS = 2000, 8
+KEPT, FEW, TRUNCATES = 4000, 64, 40
+HELD, SHORTEST, LONGEST = 256, 64, 2048
+CONTEXT, FLOODING, FLOOD_BLOCKS = 256, 63, 400
+STEP = {"token_ids": [[7]], "sample": {"temperature": 0}}
+
+
+class Forked:
+    """A session of 2,000 positions, and what is done to it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._path = ""
+
+    async def open(self) -> None:
+        self._path = await self._prefilled()
+
+    async def fork_ms(self) -> float:
+        started = time.perf_counter()
+        (child,) = await self._fork(1)
+        elapsed = (time.perf_counter() - started) * 1e3
+        await self._connection.call("DELETE", child)
+        return elapsed
+
+    async def again_ms(self) -> float:
+        started = time.perf_counter()
+        path = await self._prefilled()
+        elapsed = (time.perf_counter() - started) * 1e3
+        await self._connection.call("DELETE", path)
+        return elapsed
+
+    async def blocks(self, *, stepped: bool) -> tuple[float, float]:
+        """(blocks used by it and its forks, blocks that they would use without sharing)."""
+        children = await self._fork(FORKS)
+        if stepped:
+            for child in children:
+                await self._connection.call("POST", f"{child}/step", STEP)
+        pools = (await self._connection.call("GET", "/v1/capacity"))["pools"]
+        held = [(await self._connection.call("GET", path))["blocks"] for path in (self._path, *children)]
+        for child in children:
+            await self._connection.call("DELETE", child)
+        return pools[0]["blocks"]["used"], sum(held)
+
+    async def _fork(self, number: int) -> list[str]:
+        reply = await self._connection.call("POST", f"{self._path}/fork", {"count": number})
+        return [f"/v1/sessions/{child['id']}" for child in reply["sessions"]]
+
+    async def _prefilled(self) -> str:
+        created = await self._connection.call("POST", "/v1/sessions", {"model": "model"})
+        path = f"/v1/sessions/{created['id']}"
+        await self._connection.call("POST", f"{path}/prefill", {"token_ids": [prompt(0, FORKED)]})
+        return path
+
+
+def forks(runner: asyncio.Runner, rounds: int) -> list[Pairs]:
+    results = []
+    with Keypast(kv_memory="1GiB") as ours:
+        runner.run(ours.ready("/readyz"))
+        forked = Forked(Connection(ours.port))
+        runner.run(forked.open())
+        pairs = Pairs(f"fork of {FORKED} positions", "prefilled again", "ms", "less", 100)
+        sides = (lambda: runner.run(forked.fork_ms())), (lambda: runner.run(forked.again_ms()))
+        results.append(interleave(pairs, *sides, rounds))
+        for what, stepped, goal in (("", False, 1 + FORKS), (", a step each", True, None)):
+            pairs = Pairs(f"{FORKS} forks of {FORKED} positions{what}", "copies", "blocks", "less", goal)
+            pairs.add(*runner.run(forked.blocks(stepped=stepped)))
+            print(pairs.row(), flush=True)
+            results.append(pairs)
+    return results
+
+
+def truncates(rounds: int) -> Pairs:
+    ours = OurEngine()
+    parents = {length: ours.session(prompt(1, length)) for length in (KEPT, FEW)}
+
+    def truncate_ms(length: int) -> float:
+        """Median of one position after the other, on a fork."""
+        child = ours.engine.fork(parents[length])[0].id
+        lengths = count(length - 1, -1)
+
+        def one() -> None:
+            operation = Truncate(child, next(lengths))
+            ours.engine.submit(operation)
+            operation.future.result(0)
+
+        elapsed = median_ms(one, TRUNCATES)
+        ours.delete([child])
+        return elapsed
+
+    pairs = Pairs(f"truncate by 1 of {KEPT} positions", f"of {FEW}", "ms", "less", 1 / 1.5)
+    return interleave(pairs, partial(truncate_ms, KEPT), partial(truncate_ms, FEW), rounds)
+
+
+def waste() -> Pairs:
+    """Of a layer whose keys and values are small, so that all of it fits; blocks are of 16 positions in any model."""
+    engine = OurEngine("attention:hidden=16,heads=1", kv_memory=1 << 26).engine
+    drawn = random.Random(0)
+    held = 0
+    for _ in range(HELD):
+        length = drawn.randint(SHORTEST, LONGEST)
+        keys = np.zeros((1, length, 16), np.float16)
+        run(engine, [Append(engine.create_session("model").id, {"key": keys, "value": keys})])
+        held += length
+    pool = engine.capacity().models[0]
+    pairs = Pairs(f"memory of {HELD} sessions", "what they hold", "slots", "less", 1 / 1.04)
+    pairs.add(pool.used * pool.block_size, held)
+    print(pairs.row(), flush=True)
+    return pairs
+
+
+class Guaranteed:
+    """A service that two tenants use: one has a guarantee, the other all the rest."""
+
+    def __init__(self, port: int, keys: Mapping[str, str], seconds: float) -> None:
+        self._port = port
+        self._keys = keys
+        self._seconds = seconds
+
+    def _connection(self, tenant: str) -> Connection:
+        return Connection(self._port, {"Authorization": f"Bearer {self._keys[tenant]}"})
+
+    async def alone(self) -> float:
+        """ms, p99."""
+        connection = self._connection("guaranteed")
+        created = await connection.call("POST", "/v1/sessions", {"model": "model"})
+        path = f"/v1/sessions/{created['id']}"
+        await connection.call("POST", f"{path}/prefill", {"token_ids": [prompt(0, CONTEXT)]})
+        times: list[float] = []
+        until = time.perf_counter() + self._seconds
+        while time.perf_counter() < until or len(times) < 100:
+            started = time.perf_counter()
+            await connection.call("POST", f"{path}/step", STEP)
+            times.append((time.perf_counter() - started) * 1e3)
+            if len(times) % 100 == 0:
+                await connection.call("POST", f"{path}/truncate", {"length": CONTEXT})
+        await connection.call("DELETE", path)
+        await connection.close()
+        return sorted(times)[math.ceil(0.99 * len(times)) - 1]
+
+    async def flooded(self, longest: int) -> float:
+        """The same beside appends of up to `longest` positions."""
+        flood = [asyncio.create_task(self._flood(seed, longest)) for seed in range(FLOODING)]
+        await asyncio.sleep(2)
+        p99 = await self.alone()
+        for task in flood:
+            task.cancel()
+        await asyncio.gather(*flood, return_exceptions=True)
+        connection = self._connection("flood")
+        while sessions := (await connection.call("GET", "/v1/sessions"))["data"]:
+            for session in sessions:
+                await connection.call("DELETE", f"/v1/sessions/{session['id']}")
+        await connection.close()
+        return p99
+
+    async def _flood(self, seed: int, longest: int) -> None:
+        """Some sessions; appends, steps and forks of any; what is refused is asked again at once."""
+        connection, drawn = self._connection("flood"), random.Random(seed)
+        paths: list[str] = []
+        while True:
+            if len(paths) < 4:
+                created = await connection.call("POST", "/v1/sessions", {"model": "model"})
+                paths.append(f"/v1/sessions/{created['id']}")
+            path = drawn.choice(paths)
+            tokens = prompt(seed, drawn.randint(1, longest))
+            with suppress(RuntimeError):  # refused: 429, 409 of a step on an empty session, 422 of one that is full
+                await connection.call("POST", f"{path}/prefill", {"token_ids": [tokens]})
+            for _ in range(8):
+                with suppress(RuntimeError):
+                    await connection.call("POST", f"{path}/step", STEP)
+            if drawn.random() < 0.3:
+                paths.remove(path)
+                await connection.call("DELETE", path)
+
+
+def guarantee(runner: asyncio.Runner, rounds: int, seconds: float) -> list[Pairs]:
+    results = []
+    made = {tenant: new_key(tenant) for tenant in ("guaranteed", "flood")}
+    settings = {
+        "kv_memory": f"{FLOOD_BLOCKS * 360}KiB",  # a block of the default model is 360 KiB
+        "keys": ";".join(record.line() for _, record in made.values()),
+        "quotas": json.dumps({"guaranteed": {"guaranteed_blocks": 40}}),
+        "wait_seconds": "0.5",
+    }
+    with Keypast(**settings) as server:
+        runner.run(server.ready("/readyz"))
+        tenant = Guaranteed(server.port, {name: key for name, (key, _) in made.items()}, seconds)
+        for longest in (32, 1000):
+            pairs = Pairs(f"p99 of a step beside appends of 1-{longest}", "alone", "ms", "less", 1 / 3)
+            sides = partial(_run, runner, partial(tenant.flooded, longest)), partial(_run, runner, tenant.alone)
+            results.append(interleave(pairs, *sides, rounds))
+    return results
+
+
+def _run(runner: asyncio.Runner, act: Callable[[], Coroutine[Any, Any, float]]) -> float:
+    return runner.run(act())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    print(HEADER)
+    with asyncio.Runner() as runner:
+        results = [*forks(runner, options.rounds), truncates(options.rounds), waste()]
+        results += guarantee(runner, options.rounds, options.seconds)
+    report("contract", results, {}, options.save)
+
+
+if __name__ == "__main__":
+    main()
