@@ -98,6 +98,14 @@ class Linear(nn.Linear):
         out = self.ranks.sum(self._product(input, None))
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
+    def scores(self, input: Tensor) -> Tensor:
+        """The output in float32, not rounded on the way where the kernels compute it; of a linear that is not cut."""
+        if self.native and self.packed is not None:
+            wide: Tensor = torch.ops.keypast.linear.default(input, self.packed, self.offset, torch.float32)
+            return wide
+        out: Tensor = self(input)
+        return out.float()
+
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is None:
             return F.linear(input, self.matrix.to(input.dtype), None if bias is None else bias.to(input.dtype))

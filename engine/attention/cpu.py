@@ -121,5 +121,8 @@ def _register_fakes() -> None:
     fake("keypast::rms_norm", lambda x, weight, eps: x.new_empty(x.shape))
     fake("keypast::add_rms_norm", lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)))
     fake("keypast::decoder_blocks", lambda x, *rest: x.new_empty(x.shape))
-    fake("keypast::linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], bias.shape[0]))
+    fake(
+        "keypast::linear",
+        lambda x, weight, bias, out_dtype=None: x.new_empty(*x.shape[:-1], bias.shape[0], dtype=out_dtype or x.dtype),
+    )
     fake("keypast::silu_gate", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))

@@ -207,14 +207,15 @@ keypast::Weight weight_of(const optional<Tensor>& weight, const optional<Tensor>
   return w;
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& bias) {
+Tensor linear(const Tensor& input, const Tensor& weight, const Tensor& bias, optional<at::ScalarType> out_dtype) {
   const Tensor x = foldable(input);
   keypast::Linear a{};
   a.weight = weight_of(weight, bias, x.size(-1));
   std::vector<int64_t> shape = input.sizes().vec();
   shape.back() = a.weight.out;
-  Tensor out = at::empty(shape, input.options());
-  a.x = rows_of(x), a.out = out.data_ptr(), a.dtype = type_of(x, "x"), a.rows = x.numel() / x.size(-1);
+  Tensor out = at::empty(shape, input.options().dtype(out_dtype.value_or(input.scalar_type())));
+  a.x = rows_of(x), a.out = out.data_ptr(), a.rows = x.numel() / x.size(-1);
+  a.dtype = type_of(x, "x"), a.out_dtype = type_of(out, "out_dtype");
   keypast::linear(a, at::get_num_threads());
   return out;
 }
@@ -317,7 +318,7 @@ TORCH_LIBRARY(keypast, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normed, Tensor sum)");
   m.def("silu_gate(Tensor x) -> Tensor");
-  m.def("linear(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor bias, ScalarType? out_dtype=None) -> Tensor");
   m.def(
       "decoder_blocks(Tensor x, Tensor?[] weights, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor query_start, "
       "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, Tensor? cos, "

@@ -58,7 +58,7 @@ class Runner {
   }
 
   void linear(const Weight& weight, void* x, void* out) const {
-    linear_together({weight, rows_of(x, weight.in), out, a.dtype, a.tokens, w.inputs}, w.turns, me);
+    linear_together({weight, rows_of(x, weight.in), out, a.dtype, a.dtype, a.tokens, w.inputs}, w.turns, me);
   }
 
   void head_norm(void* weight, int64_t first, int64_t heads, const Heads& out) const {

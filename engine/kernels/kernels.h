@@ -97,7 +97,7 @@ struct Linear {
   Weight weight;
   Rows x;       // (rows, in)
   void* out;    // (rows, out), contiguous
-  DType dtype;  // of x and out
+  DType dtype, out_dtype;
   int64_t rows;
   float* scratch;  // scratch_floats(), for x as the products want it
   int64_t width() const { return weight.groups() * kGroup; }

@@ -148,11 +148,18 @@ KEYPAST_INLINE void sum_group(const int8_t* weight, const int16_t* values, int64
   }
 }
 
+struct Rounding {
+  template <class T>
+  KEYPAST_INLINE void put(T* to, const Vec& x, int lanes) {
+    store(to, x, lanes);
+  }
+};
+
 // Each of these adds to total[m][n] the products of M rows with N times 16 outputs, from the `half`th of a block on, over
 // all groups. `x` is the first row, as `prepare` left it.
 
 template <bool kVnni>
-struct Integers {
+struct Integers : Rounding {
   static constexpr WeightType type = WeightType::int8;
   static constexpr int most_rows = 6;  // with two sums for each
   template <int M, int N>
@@ -174,7 +181,7 @@ struct Integers {
 };
 
 template <class T>
-struct Floats {
+struct Floats : Rounding {
   static constexpr WeightType type = sizeof(T) == 4 ? WeightType::f32 : WeightType::f16;
   static constexpr int most_rows = kWidth == 16 ? 12 : 6;
   template <int M, int N>
@@ -194,7 +201,7 @@ struct Floats {
   }
 };
 
-struct PairsOfFloats {  // bfloat16 weights where nothing multiplies them as they are
+struct PairsOfFloats : Rounding {  // bfloat16 weights where nothing multiplies them as they are
   static constexpr WeightType type = WeightType::bf16;
   static constexpr int most_rows = kWidth == 16 ? 10 : 5;
   template <int M, int N>
@@ -221,29 +228,60 @@ struct PairsOfFloats {  // bfloat16 weights where nothing multiplies them as the
 };
 
 #if defined(__AVX512F__)
-struct PairsOfBFloats {
+KEYPAST_INLINE void store_bf16(BFloat* to, const Vec& x) {  // by the processor, where PairsOfBFloats runs
+  __m256i narrow;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(narrow) : "v"(x.part[0]));
+  _mm256_storeu_si256((__m256i*)to, narrow);
+}
+
+KEYPAST_INLINE __m512 dot_pairs(__m512 sum, __m512i weights, __m512i x) {
+  // This unit is compiled for processors without it, where it is never called.
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
+  return sum;
+}
+
+struct PairsOfBFloats : Rounding {
+  using Rounding::put;
+  KEYPAST_INLINE void put(BFloat* to, const Vec& x, int lanes) {
+    lanes < kLanes ? store(to, x, lanes) : store_bf16(to, x);
+  }
   static constexpr WeightType type = WeightType::bf16;
   static constexpr int most_rows = 12;
   template <int M, int N>
   KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
     const int64_t stride = a.width() * sizeof(BFloat);
     const char* x = (const char*)a.scratch + row * stride;
+    __m512 sums[M][N];  // not `total`, which the instruction would hold in memory
+    KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
     for (int64_t pair = 0; pair < a.width() / 2; ++pair, x += 4, weight += kOutputs * 4) {
       __m512i w[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
         __builtin_prefetch(weight + kFetch + n * 64);
         w[n] = _mm512_loadu_si512(weight + (half + n) * 64);
       }
-      KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-        KEYPAST_UNROLL for (int n = 0; n < N; ++n)
-          // This unit is compiled for processors without it, where it is never called.
-          asm("vdpbf16ps %2%{1to16%}, %1, %0"
-              : "+v"(total[m][n].part[0])
-              : "v"(w[n]), "m"(*(const int32_t(*)[1])(x + m * stride)));
+      KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+        const __m512i one = (__m512i)both((const int16_t*)(x + m * stride));  // loaded once for all n
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = dot_pairs(sums[m][n], w[n], one);
+      }
     }
+    KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+      KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n].part[0] = sums[m][n];
   }
 };
 #endif
+
+template <class Products, class T, int M, int N>
+KEYPAST_INLINE void finish(const Linear& a, T* out, int64_t at, const Vec (&total)[M][N]) {
+  KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
+    const int64_t left = a.weight.out - at - n * kLanes;
+    if (left <= 0) break;
+    const int lanes = left < kLanes ? (int)left : kLanes;
+    const Vec bias = load(a.weight.bias + at + n * kLanes, lanes);
+    KEYPAST_UNROLL for (int m = 0; m < M; ++m)
+      Products::put(out + m * a.weight.out + n * kLanes, total[m][n] + bias, lanes);
+  }
+}
 
 // The outputs of M rows in N halves of a block.
 template <class Products, int M, int N>
@@ -253,19 +291,11 @@ static void multiply_tile(const Linear& a, int64_t block, int half, int64_t row)
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = set(0.0f);
   Products::add(a, w.data + block * w.groups() * group_bytes(w.type), half, row, total);
-  float outputs[M][N * kLanes];  // a lambda that took hold of `total` would keep it out of registers
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(outputs[m] + n * kLanes, total[m][n]);
-  typed(a.dtype, a.out, [&](auto* out) {
-    for (int n = 0; n < N; ++n) {
-      const int64_t at = block * kOutputs + (half + n) * kLanes, left = w.out - at;
-      if (left <= 0) break;
-      const int lanes = left < kLanes ? (int)left : kLanes;
-      const Vec bias = load(w.bias + at, lanes);
-      for (int m = 0; m < M; ++m)
-        store(out + (row + m) * w.out + at, load(outputs[m] + n * kLanes) + bias, lanes);
-    }
-  });
+  const int64_t at = block * kOutputs + half * kLanes, first = row * w.out + at;
+  // No lambda here: one that took hold of `total` would keep it out of registers.
+  if (a.out_dtype == DType::bf16) finish<Products>(a, (BFloat*)a.out + first, at, total);
+  if (a.out_dtype == DType::f16) finish<Products>(a, (Half*)a.out + first, at, total);
+  if (a.out_dtype == DType::f32) finish<Products>(a, (float*)a.out + first, at, total);
 }
 
 // Calls f with `rows`, 1 to M, as a constant.

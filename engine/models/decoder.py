@@ -101,7 +101,9 @@ class DecoderModel(nn.Module):
         ends = [start + row.count + int(row.replay) for row, start in zip(rows, starts, strict=True)]
         in_step = ends == list(range(1, len(hidden) + 1))  # each row is the hidden state of its own place
         tails = (
-            hidden.clone()
+            hidden
+            if in_step and hidden.device.type == "cpu"
+            else hidden.clone()
             if in_step
             else torch.stack(
                 [
@@ -110,7 +112,9 @@ class DecoderModel(nn.Module):
                 ]
             )
         )
-        results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, tails, strict=True)]
+        # On the CPU each on its own: a view would keep the tails of the whole batch as long as one session idles.
+        own = [tail.clone() for tail in tails] if tails.device.type == "cpu" else tails
+        results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, own, strict=True)]
         wanting = [index for index, row in enumerate(rows) if _wants_last(row)]
         if wanting:
             if logits is None or not in_step:
@@ -145,8 +149,7 @@ class DecoderModel(nn.Module):
     def logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
         """hidden (R, H) -> float32 (R, V)."""
         normed, _ = self.norm(hidden, None, kv.backend)
-        out: Tensor = self.head(normed)
-        return out.float()
+        return self.head.scores(normed)
 
     def _last_outputs(self, logits: Tensor, rows: list[Row], results: list[RowResult]) -> None:
         samples = {index: row.work.want.sample for index, row in enumerate(rows) if row.work.want.sample is not None}
