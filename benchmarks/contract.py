@@ -16,12 +16,14 @@ import asyncio
 import json
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Any
+from queue import Queue
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,7 +31,9 @@ from benchmarks.peers.compare import HEADER, Pairs, interleave, median_ms, repor
 from benchmarks.peers.http import Connection
 from benchmarks.peers.ours import OurEngine, run
 from benchmarks.peers.servers import Keypast, prompt
-from engine.batch import Append, Truncate
+from engine.batch import Append, Sample, Truncate, Want
+from engine.config import EngineConfig, Quota
+from engine.errors import EngineError
 from keypast.keys import new_key
 
 FORKED, FORKS = 2000, 8
@@ -206,6 +210,88 @@ class Guaranteed:
                 await connection.call("DELETE", path)
 
 
+class Driven:
+    """An engine on a thread of its own, and a thread that floods it: what the guarantee is worth without HTTP, whose
+    server and clients take turns with the engine on the same cores."""
+
+    def __init__(self, steps: int) -> None:
+        kv_memory = FLOOD_BLOCKS * 360 << 10
+        config = EngineConfig(quotas={"guaranteed": Quota(guaranteed_blocks=40)}, wait_seconds=0.5)
+        self._engine = OurEngine(kv_memory=kv_memory, config=config).engine
+        self._steps = steps
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._drive)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _drive(self) -> None:
+        while not self._ended.is_set():
+            if not self._engine.run_once():
+                self._engine.wait(0.05)
+
+    def alone(self) -> float:
+        """ms, p99."""
+        session = self._engine.create_session("model", tenant="guaranteed").id
+        self._append(session, "guaranteed", prompt(0, CONTEXT))
+        times = []
+        for _ in range(self._steps):
+            started = time.perf_counter()
+            self._append(session, "guaranteed", [7])
+            times.append((time.perf_counter() - started) * 1e3)
+        self._engine.delete_session(session, "guaranteed")
+        return sorted(times)[math.ceil(0.99 * len(times)) - 1]
+
+    def flooded(self, longest: int) -> float:
+        """The same beside a tenant of 4 sessions for each of so many clients, all of which append all the time."""
+        ended = threading.Event()
+        flood = threading.Thread(target=self._flood, args=(longest, ended))
+        flood.start()
+        time.sleep(2)
+        p99 = self.alone()
+        ended.set()
+        flood.join()
+        return p99
+
+    def _append(self, session: str, tenant: str, tokens: list[int]) -> None:
+        append = Append(session, {"token_ids": np.array([tokens])}, tenant, want=Want(sample=Sample()))
+        self._engine.submit(append)
+        append.future.result(60)
+
+    def _flood(self, longest: int, ended: threading.Event) -> None:
+        drawn = random.Random(longest)
+        engine, idle = self._engine, Queue[str]()
+        for _ in range(4 * FLOODING):
+            idle.put(engine.create_session("model", tenant="flood").id)
+        while not ended.is_set():
+            session = idle.get()
+            if drawn.random() < 0.3:  # its blocks come free for others
+                engine.delete_session(session, "flood")
+                session = engine.create_session("model", tenant="flood").id
+            append = Append(session, {"token_ids": np.array([prompt(0, drawn.randint(1, longest))])}, "flood")
+            append.future.add_done_callback(lambda _, session=session: idle.put(session))  # type: ignore[misc]
+            with suppress(EngineError):  # longer than it may become
+                engine.submit(append)
+                continue
+            idle.put(session)
+        for info in engine.sessions("flood"):
+            engine.delete_session(info.id, "flood")
+
+
+def guarantee_in_process(rounds: int, steps: int) -> list[Pairs]:
+    results = []
+    with Driven(steps) as driven:
+        for longest in (32, 1000):
+            pairs = Pairs(f"the same in process, appends of 1-{longest}", "alone", "ms", "less", 1 / 3)
+            results.append(interleave(pairs, partial(driven.flooded, longest), driven.alone, rounds))
+    return results
+
+
 def guarantee(runner: asyncio.Runner, rounds: int, seconds: float) -> list[Pairs]:
     results = []
     made = {tenant: new_key(tenant) for tenant in ("guaranteed", "flood")}
@@ -239,6 +325,7 @@ def main() -> None:
     with asyncio.Runner() as runner:
         results = [*forks(runner, options.rounds), truncates(options.rounds), waste()]
         results += guarantee(runner, options.rounds, options.seconds)
+        results += guarantee_in_process(options.rounds, int(20 * options.seconds))
     report("contract", results, {}, options.save)
 
 

@@ -35,6 +35,7 @@ class EngineConfig:
     block_size: int = 16  # positions a block; 16 keys fill one AVX-512 register
     max_rows: int = 256  # rows of one batch
     token_budget: int = 512  # new positions of one batch; a longer causal append runs in chunks of at most this
+    guard_positions: int = 16  # of a batch, that others have while a tenant with guaranteed blocks is at work
     max_waiting: int = 4096  # appends waiting in the engine
     max_waiting_per_session: int = 16
     gather_share: float = 0.0  # of a batch's time that the next may wait for those who stepped in it

@@ -1,8 +1,9 @@
 """Queue in, Batch out, for one model. Decides which rows run next and takes their blocks; touches no tensor.
 
 Order: what is nearest to its end first (steps before chunks of a long prefill), tenants in turn, then first come first
-served (engine.turns). Steps leave a long append a part of each batch, so neither ever waits for the other. An append
-gets *all* its blocks before its first row runs, so two half-done appends can never wait for each other.
+served; while a tenant with a guarantee is at work, others have a small part of each batch (engine.turns). Steps leave
+a long append a part of each batch, so neither ever waits for the other. An append gets *all* its blocks before its
+first row runs, so two half-done appends can never wait for each other.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from engine.batch import Batch, Row, Work
 from engine.blocks import BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.session import Sequence, Session, SessionState
-from engine.turns import Turns
+from engine.turns import Guard, Turns
 
 LONG_SHARE = 4  # a long append that is ready has one part in so many of a batch, however many steps there are
 
@@ -28,6 +29,7 @@ class Scheduler:
         self._causal = causal
         self._queue: list[Work] = []
         self._turns = Turns()
+        self._guard = Guard(pool.shares.guaranteed, config.guard_positions)
 
     def add(self, work: Work) -> None:
         session = work.session
@@ -38,6 +40,7 @@ class Scheduler:
         work.shared_length = [self._shared_length(sequence) for sequence in session.sequences]
         self._queue.append(work)
         self._turns.arrived(work)
+        self._guard.asked(session.tenant, work.submitted_at)
 
     def remove(self, work: Work) -> None:
         self._queue.remove(work)
@@ -73,6 +76,7 @@ class Scheduler:
         rows: list[Row] = []
         short: set[Work] = set()  # of blocks
         budget = self._token_budget
+        others = self._guard.others(now, budget)
         first, long = self._turns.order(self._queue)
         keep, keep_rows = 0, 0  # for a long one, of the budget and of the rows
         if any(not work.alone and self._is_ready(work) for work in long):
@@ -82,6 +86,9 @@ class Scheduler:
                 break
             if place == len(first):
                 keep, keep_rows = 0, 0
+            guarded = self._guard.covers(work.session.tenant)
+            if others <= 0 and not guarded:
+                continue
             if rows and (_runs_alone(work) or _runs_alone(rows[0].work)):
                 continue
             if rows and (budget <= keep or len(rows) + len(work.new) > self._max_rows - keep_rows):
@@ -93,9 +100,11 @@ class Scheduler:
                 continue
             if work.started_at is None:
                 work.started_at = now
-            for row in self._rows(work, max(1, budget - keep)):
+            for row in self._rows(work, max(1, budget - keep if guarded else min(budget - keep, others))):
                 rows.append(row)
-                budget -= max(row.count, row.queries, 1)
+                size = max(row.count, row.queries, 1)
+                budget -= size
+                others -= 0 if guarded else size
         if not rows:
             return None
         batch = Batch(rows)

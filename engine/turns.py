@@ -9,11 +9,12 @@ the order of their arrival.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from engine.batch import Work
 
+GUARDED = 1.0  # seconds after its last append that a tenant with a guarantee counts as at work
 PATIENCE = 8  # batches that a work was ready for and had no place in, until it comes first
 
 
@@ -62,6 +63,28 @@ class Turns:
                 order.append(work)
                 heapq.heappush(heap, (rows + len(work.new), place))
         return order
+
+
+class Guard:
+    """While a tenant with a guarantee is at work, others have only so many positions of a batch: its steps wait for the
+    batch that runs and for their own, and both must be short."""
+
+    def __init__(self, guaranteed: Callable[[str], int], positions: int) -> None:
+        """`guaranteed`: a tenant's blocks; `positions`: what others have then."""
+        self._guaranteed = guaranteed
+        self._positions = positions
+        self._until = float("-inf")
+
+    def covers(self, tenant: str) -> bool:
+        return self._guaranteed(tenant) > 0
+
+    def asked(self, tenant: str, now: float) -> None:
+        if self.covers(tenant):
+            self._until = now + GUARDED
+
+    def others(self, now: float, budget: int) -> int:
+        """Of a batch's `budget`."""
+        return min(budget, self._positions) if now < self._until else budget
 
 
 def is_long(work: Work) -> bool:

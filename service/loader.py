@@ -63,6 +63,7 @@ def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable
         block_size=settings.block_size,
         max_rows=settings.max_rows,
         token_budget=settings.token_budget,
+        guard_positions=settings.guard_positions,
         max_waiting=settings.max_waiting,
         max_waiting_per_session=settings.max_waiting_per_session,
         gather_share=settings.gather_share,

@@ -91,6 +91,11 @@ class Settings(BaseSettings):
     token_budget: int = Field(
         default=512, ge=1, description="new positions of one batch; longer prefills run in chunks"
     )
+    guard_positions: int = Field(
+        default=16,
+        ge=1,
+        description="positions of one batch that others have while a tenant with guaranteed blocks is at work",
+    )
     max_rows: int = Field(default=256, ge=1, description="rows of one batch")
     gather_share: float = Field(
         default=0.5,

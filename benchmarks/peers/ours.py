@@ -26,10 +26,12 @@ def run(engine: Engine, appends: list[Append]) -> None:
 
 
 class OurEngine:
-    def __init__(self, model: str = "default", dtype: str = "auto", kv_memory: int = 3 << 30) -> None:
+    def __init__(
+        self, model: str = "default", dtype: str = "auto", kv_memory: int = 3 << 30, config: EngineConfig | None = None
+    ) -> None:
         cache = Path.home() / ".cache" / "keypast"
         loaded = load_model("model", model, LoadOptions(cache, kv_memory=kv_memory, dtype=dtype), lambda message: None)
-        self.engine = Engine([loaded.runner], EngineConfig())
+        self.engine = Engine([loaded.runner], config or EngineConfig())
 
     def step_ms(self, sessions: int, context: int) -> float:
         """Median of greedy steps of all sessions in one batch."""

@@ -195,3 +195,45 @@ def test_newcomers_never_keep_an_old_tenant_waiting(newcomers: int) -> None:
             ended += not step.future.done()
         assert turns <= ahead + 1
     house.run()
+
+
+def guarded_house(positions: int) -> Decoders:
+    quotas = {"g": Quota(guaranteed_blocks=40)}
+    return Decoders(blocks=400, token_budget=64, max_rows=64, guard_positions=positions, quotas=quotas)
+
+
+def test_while_a_guaranteed_tenant_works_others_have_a_small_part_of_each_batch() -> None:
+    house = guarded_house(6)
+    own = house.open("g", 4)
+    longs = [house.open("a") for _ in range(3)]
+    steppers = [house.open("b", 4) for _ in range(20)]
+    house.later(2)  # as if it were not there
+    house.runner.batches.clear()
+    for session in longs:
+        house.submit(session, 60, "a")
+    house.engine.run_once()
+    for _ in range(12):
+        house.submit(own, 12, "g")
+        for session in steppers:
+            house.submit(session, 1, "b", step=True)
+        house.engine.run_once()
+    whole, *rest = batches(house)
+    assert sum(whole.values()) == 64  # nobody to be quick for
+    for batch in rest:
+        assert batch.pop(own) == 12
+        assert sum(batch.values()) == 6
+    served = Counter(session for batch in rest for session in batch)
+    assert len(served) == 23  # nobody starves
+
+
+def test_a_second_after_its_last_append_others_have_all_again() -> None:
+    house = guarded_house(6)
+    house.open("g", 4)
+    house.runner.batches.clear()
+    long = house.open("a")
+    house.submit(long, 200, "a")
+    house.later(0.9)
+    house.engine.run_once()
+    house.later(0.2)
+    house.engine.run_once()
+    assert [batch[long] for batch in batches(house)] == [6, 64]
