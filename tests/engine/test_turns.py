@@ -223,7 +223,7 @@ def test_while_a_guaranteed_tenant_works_others_have_a_small_part_of_each_batch(
         assert batch.pop(own) == 12
         assert sum(batch.values()) == 6
     served = Counter(session for batch in rest for session in batch)
-    assert len(served) == 23  # nobody starves
+    assert set(served) == {*longs[1:], *steppers}  # nobody starves; the first long one has ended
 
 
 def test_a_second_after_its_last_append_others_have_all_again() -> None:
