@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.batch import Append, Want
+from engine.batch import Append, Generate, Want
 from engine.blocks import blocks_for
 from engine.errors import InvalidInput, LengthExceeded, Moved, WrongState
 from engine.session import Session
@@ -48,7 +48,7 @@ def check_want(spec: ModelSpec, want: Want) -> None:
     asked = {
         "logits": want.logits != "none",
         "top_logprobs": want.top_logprobs != 0,
-        "token_logprobs": want.token_logprobs,
+        "token_logprobs": want.token_logprobs or want.token_top_logprobs != 0,
         "sample": want.sample is not None,
         "need_weights": want.need_weights,
     }
@@ -56,8 +56,9 @@ def check_want(spec: ModelSpec, want: Want) -> None:
     for option, on in asked.items():
         if on and gives.get(option, option) not in outputs:
             raise InvalidInput(option, f"model {spec.name} gives {', '.join(sorted(outputs))}")
-    if spec.vocab_size is not None and not 0 <= want.top_logprobs <= spec.vocab_size:
-        raise InvalidInput("top_logprobs", f"must be 0 to {spec.vocab_size}")
+    for name, most in (("top_logprobs", want.top_logprobs), ("token_top_logprobs", want.token_top_logprobs)):
+        if spec.vocab_size is not None and not 0 <= most <= spec.vocab_size:
+            raise InvalidInput(name, f"must be 0 to {spec.vocab_size}")
     sample = want.sample
     if sample is None:
         return
@@ -130,6 +131,21 @@ def row_lengths(field: str, given: int | list[int], session: Session) -> list[in
     if any(not 0 <= length <= valid for length, valid in zip(lengths, rows, strict=True)):
         raise InvalidInput(field, f"must be 0 to the valid length {rows}, got {lengths}")
     return lengths
+
+
+def prompt_positions(spec: ModelSpec, generate: Generate, session: Session, room: Room) -> list[int]:
+    """How many positions a generation's prompt appends to each row, all 0 without one, once the session is cut back.
+
+    Raises InvalidInput, WrongState, LengthExceeded.
+    """
+    past = session.valid_length if generate.at is None else row_lengths("at", generate.at, session)
+    prompt = next(iter(generate.inputs.values()), None)
+    new = 0 if prompt is None else prompt.shape[1]
+    if not new and not all(past):
+        raise WrongState("the session is empty: prefill it before generating")
+    if new:
+        check_fits(next(iter(generate.inputs)), [length + new for length in past], session, room)
+    return [new] * len(past)
 
 
 def check_ttl(seconds: float | None) -> None:

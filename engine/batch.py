@@ -35,6 +35,7 @@ from engine.session import Session
 from engine.stats import SessionInfo
 
 Array = NDArray[Any]
+Likeliest = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +69,7 @@ class Want:
     logits: Literal["none", "last", "all"] = "none"
     top_logprobs: int = 0
     token_logprobs: bool = False  # of the tokens given
+    token_top_logprobs: int = 0  # the k likeliest in the place of each of them; with token_logprobs only
     sample: Sample | None = None
     logprob: bool = False  # of the token drawn
     need_weights: bool = False
@@ -139,6 +141,9 @@ class TokenEvent:
     past_length: list[int]
     valid_length: list[int]
     version: int
+    top_logprobs: list[Likeliest | None] = field(
+        default_factory=list
+    )  # in the token's place, where they were asked for
 
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -147,7 +152,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
     """`stopped_by`: the token for which `stop` ended the row, which was drawn and not appended. `error`: what ended it
-    before its time."""
+    before its time. `past_length`: before the prompt, if it had one."""
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]
@@ -160,6 +165,7 @@ class GenerateResult:
     stopped_by: list[int | None]
     effort: Effort
     error: BaseException | None = None
+    top_logprobs: list[list[Likeliest]] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +175,10 @@ class Generate:
     A row ends before a token of `stop_ids` or one for which `stop(row, token)` is true (neither is appended), at
     `max_tokens`, or at the session's max_length. `on_token` and `stop` are called on the engine's thread. Setting
     `cancelled` ends it at the last committed position.
+
+    `inputs`: a prompt, positions that every row appends in the first turn, at once with the first draw. `at`: the
+    length that the session is cut back to before, all rows alike. One that fails before its first token takes its
+    prompt back; what was cut off stays so.
     """
 
     session_id: str
@@ -180,6 +190,9 @@ class Generate:
     stop: Callable[[int, int], bool] | None = None
     on_token: Callable[[TokenEvent], None] | None = None
     expected_version: int | None = None
+    inputs: dict[str, Array] = field(default_factory=dict)
+    at: int | None = None
+    top_logprobs: int = 0
     once: Once | None = None
     future: Future[GenerateResult] = field(default_factory=Future)
     cancelled: bool = False  # set by anyone, at any time

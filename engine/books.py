@@ -7,17 +7,20 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as PySequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any, Literal, Unpack
 
 from engine.admission import check_ttl, check_version, merged_labels, row_lengths
 from engine.batch import Once, Operation
+from engine.blocks import blocks_for
 from engine.config import EngineConfig
-from engine.errors import EngineStopped, InvalidInput, ModelNotFound, QueueFull, SessionGone
+from engine.errors import EngineStopped, InvalidInput, ModelNotFound, QueueFull, SessionGone, SessionNotFound
 from engine.events import EventLog
+from engine.prefix import Prefix, longest_prefix
 from engine.replay import Replays
 from engine.serving import Runner, Served
-from engine.session import Sequence, Session, SessionChanges, SessionFilter
+from engine.session import Sequence, Session, SessionChanges, SessionFilter, SessionState
 from engine.specs import ModelSpec
 from engine.stats import Capacity, Receipt, SessionInfo
 from engine.store import SessionStore
@@ -25,6 +28,7 @@ from engine.tenants import Tenants
 
 MAX_BATCH_SIZE = 1024
 MAX_FORKS = 256
+LOOKED_AT = 1024  # of a tenant's sessions, the newest ones, for what a new one may begin with
 
 Closing = Literal["deleted", "expired", "evicted"]
 
@@ -66,9 +70,14 @@ class Books:
         ttl_seconds: float | None = None,
         pinned: bool = False,
         labels: dict[str, str] | None = None,
+        like: PySequence[int] = (),
         once: Once | None = None,
     ) -> SessionInfo:
-        """Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, QuotaExceeded, EngineStopped."""
+        """`like`: ids that a session of one row is about to be given. Of these it has at once what another past of the
+        tenant begins with, sharing its blocks, but for the last one: `valid_length` says how many.
+
+        Raises ModelNotFound, InvalidInput, SessionExists, QueueFull, QuotaExceeded, EngineStopped.
+        """
         with self._lock:
             if (created := self._replays.find_created(tenant, once)) is not None:
                 return created
@@ -88,12 +97,14 @@ class Books:
                 tenant,
                 model,
                 max_length or longest,
-                [Sequence() for _ in range(batch_size)],
+                self._begun(served, tenant, like) if len(like) else [Sequence() for _ in range(batch_size)],
                 session_id=session_id,
                 ttl_seconds=ttl_seconds,
                 pinned=pinned,
                 labels=labels,
             )
+            for sequence in session.sequences:
+                served.pool.share(sequence.block_table)
             self._tenants.add(tenant, sessions=1, pinned=int(pinned))
             self.events.emit("created", session)
             self._tell()  # its end may be the next to come
@@ -107,6 +118,11 @@ class Books:
             session = self._store.find(tenant, session_id)
             check_version(expected_version, session)
             return self._info(session)
+
+    def begins_with(self, session_id: str, tenant: str, ids: PySequence[int]) -> int:
+        """How many of these ids a session of one row begins with. Raises SessionNotFound, SessionGone."""
+        with self._lock:
+            return longest_prefix([self._store.find(tenant, session_id).sequences[0].history], ids)[1]
 
     def sessions(self, tenant: str | None = "", **wanted: Unpack[SessionFilter]) -> list[SessionInfo]:
         """The tenant's sessions (None: everybody's), or those of them that are wanted, oldest first."""
@@ -155,9 +171,20 @@ class Books:
             session = self._store.find(tenant, session_id)
             self._replays.find(session, once)  # its key may be another request's
             check_version(expected_version, session)
+            for sequence in session.sequences if len(session.sequences) == 1 else ():
+                if sequence.block_table:  # what is deleted is kept for nobody
+                    self._served[session.model].prefixes.drop_from(sequence.block_table[0])
             receipt = self._close(session, "deleted")
             self._replays.remember_deleted(session, once, receipt)
             return receipt
+
+    def end_session(self, session_id: str, tenant: str, *, keep: bool) -> None:
+        """Deletes one of one row that only one request knew of. `keep`: what it has stays, while nobody wants its
+        blocks, for sessions that are created like it. Nothing is done when it is gone already."""
+        with self._lock, contextlib.suppress(SessionNotFound, SessionGone):
+            session = self._store.find(tenant, session_id)
+            idle = session.state is SessionState.IDLE
+            self._close(session, "deleted", to_keep=keep and idle, tombstone=False)
 
     def fork(
         self,
@@ -214,6 +241,22 @@ class Books:
         self.events.emit("truncated", session)
         self._store.touch(session)
 
+    def _begun(self, served: Served, tenant: str, ids: PySequence[int]) -> list[Sequence]:
+        """The longest row that another session or a kept past has of these ids; its blocks have yet to be shared."""
+        sessions = [each for each in self._store.newest(tenant, LOOKED_AT) if each.model == served.spec.name]
+        sessions = [each for each in sessions if len(each.sequences) == 1]
+        prefixes = served.prefixes.of(tenant)
+        histories = [*(each.sequences[0].history for each in sessions), *(prefix.history for prefix in prefixes)]
+        found, length = longest_prefix(histories, ids[:-1])
+        if found is None:
+            return [Sequence()]
+        if found < len(sessions):
+            return served.scheduler.forked(sessions[found], [length])
+        prefix = prefixes[found - len(sessions)]
+        served.prefixes.use(prefix)
+        table = prefix.table[: blocks_for(length, self.config.block_size)]
+        return [Sequence(length, table, prefix.history[:length])]
+
     def _fork_one(self, parent: Session, lengths: list[int]) -> Session:
         served = self._served[parent.model]
         child = self._store.open(
@@ -231,15 +274,18 @@ class Books:
         self._tell()
         return child
 
-    def _close(self, session: Session, reason: Closing) -> Receipt:
+    def _close(self, session: Session, reason: Closing, *, to_keep: bool = False, tombstone: bool = True) -> Receipt:
         served = self._served[session.model]
         positions = sum(session.valid_length)
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
-        self._store.close(session, reason)
+        self._store.close(session, reason, tombstone=tombstone)
         self.events.emit(reason, session)
         self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))
         self._replays.forget(session)
-        freed = served.pool.release(blocks)
+        if to_keep and blocks:
+            (sequence,) = session.sequences
+            served.prefixes.keep(Prefix(session.tenant, sequence.history, sequence.block_table))
+        freed = 0 if to_keep else served.pool.release(blocks)
         while session.waiting:
             reject(self._pop(session), SessionGone(reason))
         self._tell()

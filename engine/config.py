@@ -51,6 +51,9 @@ class EngineConfig:
     replay_keys: int = 64  # requests of a session that are known again by their keys
     replay_bytes_per_session: int = 16 << 20  # of their replies, which are given again
     replay_bytes: int = 256 << 20  # of all sessions' replies
+    prefixes: int = (
+        256  # pasts of each model that are kept, while nobody wants their blocks, when their sessions are gone
+    )
     quota: Quota = Quota()  # of a tenant that has none of its own in `quotas`
     quotas: Mapping[str, Quota] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ from engine.admission import (
     check_version,
     check_want,
     new_positions,
+    prompt_positions,
     query_count,
     row_lengths,
 )
@@ -44,7 +45,6 @@ from engine.errors import (
     ModelFailed,
     PoolExhausted,
     QueueFull,
-    WrongState,
 )
 from engine.generation import Generation
 from engine.past import check_export, check_past, export_past, import_positions
@@ -85,6 +85,14 @@ class Engine(Books):
             if until is None or until < self._wakes_at:
                 self._tell()
 
+    def repeated(self, session_id: str, tenant: str, digest: bytes) -> str | None:
+        """The key of the newest of the session's changes, done or yet to be, if its request had this digest.
+
+        Raises SessionNotFound, SessionGone.
+        """
+        with self._lock:
+            return self._replays.newest(self._store.find(tenant, session_id), digest)
+
     def recalls(self, session_id: str, tenant: str, once: Once, expected_version: int | None) -> bool:
         """Whether `submit` would answer with what was done before. Raises SessionNotFound, SessionGone, KeyReused,
         ReplyDropped."""
@@ -119,6 +127,7 @@ class Engine(Books):
         for served in self._served.values():
             with self._lock:
                 try:
+                    served.make_room()
                     self._sweep(served)
                     if self._held_until(served) is not None:
                         self._has_held = True
@@ -367,10 +376,9 @@ class Engine(Books):
             self._add(served, session, arrays, new, Want(), self._end_append, operation.future, "write_past")
         else:
             check_version(operation.expected_version, session)
-            if not all(session.valid_length):
-                raise WrongState("the session is empty: prefill it before generating")
-            self._tenants.admit_positions(session.tenant, len(session.sequences))
-            self._begin_generation(served, session, operation)
+            new = prompt_positions(served.spec, operation, session, served.room(session.tenant))
+            self._admit(served, session, new, max(sum(new), len(new)))
+            self._begin_generation(served, session, operation, new)
 
     def _add(
         self,
@@ -432,8 +440,11 @@ class Engine(Books):
         lengths = work.past_length, work.present_length
         return AppendResult(outputs, *lengths, session.version, work.queue_ms, work.compute_ms, work.effort)
 
-    def _begin_generation(self, served: Served, session: Session, operation: Generate) -> None:
-        generation = Generation(operation, session)
+    def _begin_generation(self, served: Served, session: Session, operation: Generate, new: list[int]) -> None:
+        began_at = session.version
+        if operation.at is not None:
+            self._truncate(served, session, row_lengths("at", operation.at, session))
+        generation = Generation(operation, session, began_at)
 
         def turn_ended(work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
             if session.state is SessionState.CLOSED:
@@ -442,7 +453,7 @@ class Engine(Books):
             try:
                 if error is not None:
                     raise error
-                if not work.is_peek:
+                if any(generation.new):
                     event = generation.committed()
                     if operation.on_token is not None:
                         operation.on_token(event)
@@ -461,11 +472,12 @@ class Engine(Books):
                 operation.partial = generation.partial(error)
                 if operation.partial is not None:
                     self._replays.remember(session, operation.once, operation.partial, generation.began_at)
+                elif generation.left_a_prompt:
+                    self._truncate(served, session, generation.past_length)
                 reject(self._pop(session), error)
             self._advance(session)
 
-        rows = len(session.sequences)
-        self._add(served, session, {}, [0] * rows, generation.want, turn_ended, operation.future)
+        self._add(served, session, operation.inputs, new, generation.want, turn_ended, operation.future)
 
     # Small things.
 
@@ -478,7 +490,10 @@ class Engine(Books):
                 raise InvalidInput("model", f"{spec.name} takes tensors and has nothing to generate; step it")
             if operation.max_tokens < 1:
                 raise InvalidInput("max_tokens", f"must be at least 1, got {operation.max_tokens}")
-            check_want(spec, Want(sample=operation.sample))
+            want = Want(sample=operation.sample, top_logprobs=operation.top_logprobs)
+            if operation.inputs:
+                check_inputs(spec, Append(operation.session_id, operation.inputs, want=want), len(session.sequences))
+            check_want(spec, want)
 
     def _held_until(self, served: Served) -> float | None:
         return served.gather.hold_until(served.scheduler.works(), self._clock())
@@ -486,6 +501,8 @@ class Engine(Books):
     def _admit(self, served: Served, session: Session, new: list[int], positions: int) -> None:
         """Raises QuotaExceeded. Whether blocks are free is another question, and may be waited for."""
         needed = sum(map(served.scheduler.blocks_needed, session.sequences, new))
+        while needed > served.pool.shares.left(session.tenant) and served.prefixes.drop_one(session.tenant):
+            pass
         self._tenants.admit_blocks(session.tenant, served.pool.shares, needed)
         self._tenants.admit_positions(session.tenant, positions)
 

@@ -1,7 +1,7 @@
 """The server's own loop of sample and step, as a chain of appends. Decides what is appended next; runs nothing.
 
-A generation starts with a peek (no position, a sample of the last position's outputs), then every turn appends the
-tokens just drawn and draws the next ones, until every row has stopped.
+A generation starts with its prompt or, without one, with a peek (no position, a sample of the last position's outputs);
+then every turn appends the tokens just drawn and draws the next ones, until every row has stopped.
 """
 
 from collections.abc import Iterator
@@ -10,29 +10,33 @@ from typing import Any
 
 import numpy as np
 
-from engine.batch import Array, FinishReason, Generate, GenerateResult, TokenEvent, Want, Work
+from engine.batch import Array, FinishReason, Generate, GenerateResult, Likeliest, TokenEvent, Want, Work
 from engine.session import Session
 
 
 class Generation:
-    def __init__(self, operation: Generate, session: Session) -> None:
+    def __init__(self, operation: Generate, session: Session, began_at: int) -> None:
+        """`began_at`: the session's version before its operation changed anything."""
         rows = len(session.sequences)
         self.operation = operation
         self.past_length = session.valid_length
-        self.began_at = session.version
+        self.began_at = began_at
         self._first: Work | None = None
         self._compute_ms = 0.0
         self._session = session
         self._reasons: list[FinishReason | None] = [None] * rows
         self._tokens: list[list[int]] = [[] for _ in range(rows)]
         self._logprobs: list[list[float]] = [[] for _ in range(rows)]
+        self._likeliest: list[list[Likeliest]] = [[] for _ in range(rows)]
         self._drawn: list[int | None] = [None] * rows
         self._drawn_logprobs: list[float | None] = [None] * rows
+        self._drawn_among: list[Likeliest | None] = [None] * rows
         self._stopped_by: list[int | None] = [None] * rows
 
     @property
     def want(self) -> Want:
-        return Want(sample=self.operation.sample, logprob=self.operation.logprobs)
+        asked = self.operation
+        return Want(sample=asked.sample, logprob=asked.logprobs, top_logprobs=asked.top_logprobs)
 
     def ran(self, work: Work) -> None:
         """A turn has ended. What waited is the first; later turns wait behind other rows, which is compute."""
@@ -55,6 +59,7 @@ class Generation:
             else:
                 self._drawn[row] = token
                 self._drawn_logprobs[row] = outputs["logprob"][row] if self.operation.logprobs else None
+                self._drawn_among[row] = outputs["top_logprobs"][row] if self.operation.top_logprobs else None
 
     @property
     def new(self) -> list[int]:
@@ -69,6 +74,7 @@ class Generation:
     def committed(self) -> TokenEvent:
         """Books the tokens that were just appended."""
         logprobs: list[float | None] = [None] * len(self._drawn)
+        likeliest: list[Likeliest | None] = [None] * len(self._drawn)
         past = self._session.valid_length
         for row, token in enumerate(self._drawn):
             if token is None:
@@ -78,7 +84,11 @@ class Generation:
             logprob = logprobs[row] = self._drawn_logprobs[row]
             if logprob is not None:
                 self._logprobs[row].append(logprob)
-        return TokenEvent(list(self._drawn), logprobs, past, self._session.valid_length, self._session.version)
+            among = likeliest[row] = self._drawn_among[row]
+            if among is not None:
+                self._likeliest[row].append(among)
+        valid, version = self._session.valid_length, self._session.version
+        return TokenEvent(list(self._drawn), logprobs, past, valid, version, likeliest)
 
     @property
     def next_is_last(self) -> bool:
@@ -105,7 +115,13 @@ class Generation:
             compute_ms=self._compute_ms,
             stopped_by=self._stopped_by,
             effort=replace(began, computed=computed),
+            top_logprobs=self._likeliest,
         )
+
+    @property
+    def left_a_prompt(self) -> bool:
+        """Whether its prompt was appended, and no token after it."""
+        return not any(self._tokens) and self._session.valid_length != self.past_length
 
     def partial(self, error: BaseException) -> GenerateResult | None:
         """The result of one that fails now; None when it has appended nothing."""
@@ -134,10 +150,11 @@ def _bare(error: BaseException) -> BaseException:
 def commits(result: GenerateResult) -> Iterator[TokenEvent]:
     """The commits of a generation, again."""
     turns = max(map(len, result.token_ids))
-    valid = list(result.past_length)
+    valid = [after - len(tokens) for after, tokens in zip(result.valid_length, result.token_ids, strict=True)]
     for turn in range(turns):
         past = list(valid)
         tokens = [row[turn] if turn < len(row) else None for row in result.token_ids]
         logprobs = [row[turn] if turn < len(row) else None for row in result.logprobs]
+        likeliest = [row[turn] if turn < len(row) else None for row in result.top_logprobs]
         valid = [length + (token is not None) for length, token in zip(past, tokens, strict=True)]
-        yield TokenEvent(tokens, logprobs, past, list(valid), result.version - turns + turn + 1)
+        yield TokenEvent(tokens, logprobs, past, list(valid), result.version - turns + turn + 1, likeliest)

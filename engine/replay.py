@@ -114,6 +114,17 @@ class Replays:
                 self._release(replies, replies.by_key.pop(next(iter(replies.by_key))))
         self._keep(replies, reply, result)
 
+    def newest(self, session: Session, digest: bytes) -> str | None:
+        """The key of its newest change, one that waits or runs before one that is done, if that has this digest."""
+        for operation in reversed(session.waiting):
+            if operation.once is not None and not operation.future.cancelled():
+                return operation.once.key if operation.once.digest == digest else None
+        replies = self._sessions.get(session)
+        last = None if replies is None else replies.last
+        if last is None or last.version != session.version or last.digest != digest:
+            return None
+        return last.key
+
     def find_created(self, tenant: str, once: Once | None) -> SessionInfo | None:
         """What this very request created, as it was then, if it is there still. Raises KeyReused."""
         if once is None or once.key is None or (tenant, once.key) not in self._created:

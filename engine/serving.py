@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.errors import InvalidInput, ModelFailed
 from engine.eviction import victims
 from engine.gather import Gather
+from engine.prefix import Prefixes
 from engine.scheduler import Scheduler
 from engine.session import Session, SessionState
 from engine.shares import Shares
@@ -55,6 +56,7 @@ class Served:
         self.block_size = config.block_size
         pool = BlockPool(runner.blocks, shares, zero=config.zero_freed)
         self.scheduler = Scheduler(pool, config, causal=runner.spec.causal)
+        self.prefixes = Prefixes(pool, config.prefixes)
         self.gather = Gather(config.gather_share)
         self.evict_after = 0.0  # there is nothing to evict until then
 
@@ -92,6 +94,13 @@ class Served:
     def room(self, tenant: str) -> Room:
         """What the tenant may ever hold."""
         return Room(self.pool.shares.most(tenant), self.block_size)
+
+    def make_room(self) -> None:
+        """What waits for blocks has them before any past without a session, its own tenant's first to go."""
+        for work in self.scheduler.works():
+            while self.scheduler.missing(work):
+                if not self.prefixes.drop_one(work.session.tenant) and not self.prefixes.drop_one():
+                    break
 
     def to_evict(self, sessions: list[Session], now: float) -> list[Session]:
         """Those whose end gives a work that waits the blocks it lacks. `sessions`: the model's."""
@@ -137,15 +146,17 @@ class Served:
             for session in sessions
             for sequence in session.sequences
         )
-        own, available = pool.shares.used(tenant), pool.available(tenant)
-        counts = (pool.blocks - 1, pool.free, pool.used, pool.shared, reserved, own, available)
+        spare, unshared = self.prefixes.spare()  # as good as free
+        free, shared = pool.free + spare.total(), pool.shared - unshared
+        own, available = pool.shares.used(tenant) - spare[tenant], pool.shares.available(tenant, pool.free, spare)
+        counts = (pool.blocks - 1, free, pool.blocks - 1 - free, shared, reserved, own, available)
         return ModelCapacity(self.spec.name, self.block_size, self.block_bytes, *counts)
 
     def check(self, sessions: list[Session]) -> None:
         """Raises RuntimeError unless blocks, tables and lengths of the model's sessions agree."""
         tables = [(session.tenant, sequence.block_table) for session in sessions for sequence in session.sequences]
         held = self.scheduler.held_for_copies()
-        self.pool.check([*tables, *held])
+        self.pool.check([*tables, *held, *((prefix.tenant, prefix.table) for prefix in self.prefixes)])
         for _, table in [] if any(blocks for _, blocks in held) else tables:
             if sum(map(self.pool.is_shared, table)) != self.pool.shared_prefix(table):
                 raise RuntimeError(f"the shared blocks of a table are not its first: {table}")

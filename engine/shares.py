@@ -7,6 +7,7 @@ A guarantee is kept by never letting others come near it: what all tenants toget
 
 from collections import Counter
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from engine.config import EngineConfig
 
@@ -35,10 +36,14 @@ class Shares:
     def guaranteed(self, tenant: str) -> int:
         return self._guaranteed.get(tenant, 0)
 
-    def available(self, tenant: str, free: int) -> int:
-        """How many of the free ones it may take now."""
-        kept = sum(max(0, most - self._used[other]) for other, most in self._guaranteed.items() if other != tenant)
-        return max(0, min(free - kept, self.left(tenant)))
+    def available(self, tenant: str, free: int, spare: Mapping[str, int] = MappingProxyType({})) -> int:
+        """How many of the free ones it may take now. `spare`: used ones a tenant that are given back when wanted."""
+        kept = sum(
+            max(0, most - self._used[other] + spare.get(other, 0))
+            for other, most in self._guaranteed.items()
+            if other != tenant
+        )
+        return max(0, min(free + sum(spare.values()) - kept, self.left(tenant) + spare.get(tenant, 0)))
 
     def left(self, tenant: str) -> int:
         """How many more its own quota allows, whatever is free."""

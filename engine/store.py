@@ -41,6 +41,10 @@ class SessionStore:
         """Oldest first."""
         return list(self._sessions.get(tenant, {}).values())
 
+    def newest(self, tenant: str, limit: int) -> Iterator[Session]:
+        """The newest first."""
+        return islice(reversed(self._sessions.get(tenant, {}).values()), limit)
+
     def select(self, tenant: str | None, wanted: SessionFilter) -> list[Session]:
         """Oldest first, of one tenant or (None) of all. It looks at the sessions alone, at none after the last that is
         wanted."""
@@ -104,8 +108,8 @@ class SessionStore:
             raise SessionGone("expired")
         return session
 
-    def close(self, session: Session, reason: str) -> None:
-        """Takes it out and leaves a tombstone; its blocks are the caller's to free."""
+    def close(self, session: Session, reason: str, *, tombstone: bool = True) -> None:
+        """Takes it out and leaves a tombstone, if it is to; its blocks are the caller's to free."""
         own = self._sessions[session.tenant]
         del own[session.id]
         if not own:
@@ -114,6 +118,8 @@ class SessionStore:
         self._expiry.forget(session)
         session.state = SessionState.CLOSED
         session.closed_reason = reason
+        if not tombstone:
+            return
         now = self._clock()
         self._tombstones[session.tenant, session.id] = (reason, now + self._tombstone_seconds)
         while self._tombstones:

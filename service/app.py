@@ -15,7 +15,7 @@ from service.errors import add_handlers
 from service.lifecycle import Load, Service
 from service.limits import RequestRate
 from service.logs import RequestLog
-from service.routes import admin, batch, events, generation, health, inference, models, past, sessions
+from service.routes import admin, batch, events, generation, health, inference, models, openai, past, sessions
 from service.settings import Settings, SettingsError
 
 
@@ -42,7 +42,7 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.service = Service(load, settings)
-    for routes in (inference, batch, generation, sessions, past, events, models, admin, health):
+    for routes in (inference, batch, generation, sessions, past, events, models, openai, admin, health):
         app.include_router(routes.router)
     add_handlers(app)
     openapi.install(app, PUBLIC)

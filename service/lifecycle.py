@@ -17,6 +17,7 @@ from fastapi import Request
 
 from engine.engine import Engine
 from service.errors import NotReady
+from service.limits import OpenStreams
 from service.settings import Settings
 from service.text import TextModel
 from service.watching import Watching
@@ -45,6 +46,7 @@ class Service:
         self.settings = settings
         self.progress = "starting"
         self.loaded_at = 0.0
+        self.streams = OpenStreams(settings.max_streams)
         self._load = load
         self._worker: EngineWorker | None = None
         self._watching: Watching | None = None

@@ -3,14 +3,16 @@ at 200 levels. How many names a body has is counted where it is parsed."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from engine.errors import QuotaExceeded
+from engine.errors import QueueFull, QuotaExceeded
 from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, UnsupportedMediaError, is_safetensors, validated
 from service.errors import BodyTooLarge
 from service.settings import Settings
@@ -44,6 +46,27 @@ class RequestRate:
             message = f"the quota is {self._per_minute} requests a minute"
             raise QuotaExceeded(message, over * 60 / self._per_minute)
         self._made[tenant] = made + 1, now
+
+
+class OpenStreams:
+    """How many streams each tenant has open."""
+
+    def __init__(self, per_tenant: int) -> None:
+        self._per_tenant = per_tenant
+        self._open: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, tenant: str) -> Iterator[None]:
+        """While it is open. Raises QueueFull."""
+        if self._open[tenant] >= self._per_tenant:
+            raise QueueFull(f"{self._per_tenant} streams are open already; close one")
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
 
 
 def body_limit(request: Request, settings: Settings) -> int:

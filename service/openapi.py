@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from keypast import schemas
+from keypast import openai_schemas, schemas
 from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, SAFETENSORS_TYPE
 from service.errors import PROBLEM_TYPE
 
@@ -62,6 +62,13 @@ KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
 GUARDS = [IF_MATCH, KEY]
+SESSION_NAME = {
+    "name": "X-Session-ID",
+    "in": "header",
+    "required": False,
+    "description": "As `session_id` in the body; a session that is not there is made.",
+    "schema": {"type": "string", "pattern": schemas.SESSION_ID_PATTERN},
+}
 REPLAYED_HEADER = {
     "Idempotent-Replayed": {
         "description": "`true` when the request was done before and this is its reply again; else it is not there.",
@@ -191,8 +198,9 @@ def install(app: FastAPI, public: Iterable[str]) -> None:
 def _wire_schemas() -> dict[str, Any]:
     models = [
         model
-        for _, model in inspect.getmembers(schemas, inspect.isclass)
-        if issubclass(model, BaseModel) and model.__module__ == schemas.__name__
+        for module in (schemas, openai_schemas)
+        for _, model in inspect.getmembers(module, inspect.isclass)
+        if issubclass(model, BaseModel) and model.__module__ == module.__name__
     ]
     _, document = models_json_schema([(model, "validation") for model in models], ref_template=_REFS + "{model}")
     schemas_by_name: dict[str, Any] = document["$defs"]

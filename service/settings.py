@@ -130,6 +130,15 @@ class Settings(BaseSettings):
     )
     max_event_streams: int = Field(default=16, ge=1, description="event streams that a tenant may have open")
 
+    prefix_reuse: bool = Field(
+        default=True, description="a prompt without a session begins with what its tenant's pasts have of it"
+    )
+    conversation_seconds: float = Field(
+        default=3600.0, gt=0, description="time to live of a session that X-Session-ID made, since its last turn"
+    )
+    max_choices: int = Field(default=128, ge=1, description="replies of one OpenAI request: prompts times n")
+    max_streams: int = Field(default=256, ge=1, description="streams of OpenAI requests that a tenant may have open")
+
     max_batch_items: int = Field(default=256, ge=1, le=512, description="steps of one batch request")
 
     max_body_bytes: int = Field(default=64 << 20, ge=1024, description="longest request body; longer ones are refused")

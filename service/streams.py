@@ -30,24 +30,32 @@ class EventStream(Response):
     """Sends what `events` gives; an error on the way is told as the last event, a problem whose `status` is the one
     that it would have had, since the reply's own is out already.
 
-    `events` is closed when the reader leaves, and always. `end` is sent after the last.
+    `events` is closed when the reader leaves, and always. `first` has been taken from it already; `end` is sent after
+    the last.
     """
 
     media_type = EVENT_STREAM
 
     def __init__(
-        self, events: AsyncGenerator[bytes], end: bytes = DONE, headers: Mapping[str, str] | None = None
+        self,
+        events: AsyncGenerator[bytes],
+        end: bytes = DONE,
+        headers: Mapping[str, str] | None = None,
+        first: bytes = b"",
     ) -> None:
         unheld = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nobody may hold it back
         super().__init__(headers={**unheld, **(headers or {})})
         del self.headers["content-length"]
         self._events = events
         self._end = end
+        self._first = first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with aclosing(self._events) as events:
             try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                if self._first:
+                    await send({"type": "http.response.body", "body": self._first, "more_body": True})
                 async for chunk in events:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except (ReaderGone, OSError):  # the server may say so by either

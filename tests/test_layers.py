@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
-    " engine.expiry engine.shares engine.eviction engine.turns engine.events": (
+    " engine.expiry engine.shares engine.eviction engine.turns engine.events engine.prefix": (
         "L1",
         "L0",
     ),
@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.books engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
-    "keypast.schemas keypast.wire keypast.past keypast.batch keypast.keys": ("S0", ""),
+    "keypast.schemas keypast.openai_schemas keypast.wire keypast.past keypast.batch keypast.keys": ("S0", ""),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs service.watching service.once"
     " service.bodies": (

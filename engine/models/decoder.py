@@ -126,25 +126,34 @@ class DecoderModel(nn.Module):
             if row.work.want.logits == "all" and row.count:
                 result.positions["logits"] = self.logits(hidden[end - row.count : end], kv).cpu().numpy()
             if row.work.want.token_logprobs:
-                result.positions["token_logprobs"] = self._token_logprobs(hidden[start:end], row, kv)
+                result.positions.update(self._token_logprobs(hidden[start:end], row, kv))
         return results
 
-    def _token_logprobs(self, hidden: Tensor, row: Row, kv: PagedView) -> Array:
+    def _token_logprobs(self, hidden: Tensor, row: Row, kv: PagedView) -> dict[str, Array]:
         """Of the tokens given after the row's positions, float32: a chunk tells of the first of the next one, and of
-        its own first only when it begins. Nothing foretells the first of an empty past: NaN."""
+        its own first only when it begins. Nothing foretells the first of an empty past: NaN. If they are wanted, the k
+        likeliest in the place of each, too: ids (n, k) int64, -1 for that first, and theirs, float32."""
         done = row.start - row.work.past_length[row.index]
         end = min(done + row.count + 1, row.work.new[row.index])
         given = torch.from_numpy(row.work.inputs["token_ids"][row.index, done + (done > 0) : end]).to(hidden.device)
         logprobs = torch.full((len(given),), torch.nan)
+        k = row.work.want.token_top_logprobs
+        top_ids, top_logprobs = torch.full((len(given), k), -1), torch.full((len(given), k), torch.nan)
         if done == 0 and row.tail is not None:
             hidden = torch.cat([row.tail[None], hidden])
         first = int(row.start == 0)
         for at in range(first, len(given), HEAD_POSITIONS):
             tokens = given[at : at + HEAD_POSITIONS].long()
             logits = self.logits(hidden[at - first :][: len(tokens)], kv)
-            logprobs[at : at + len(tokens)] = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-        told: Array = logprobs.numpy()
-        return told
+            total = logits.logsumexp(-1)
+            logprobs[at : at + len(tokens)] = logits.gather(1, tokens[:, None])[:, 0] - total
+            if k:
+                likeliest = logits.topk(k)
+                top_ids[at : at + len(tokens)] = likeliest.indices
+                top_logprobs[at : at + len(tokens)] = likeliest.values - total[:, None]
+        told = {"token_logprobs": logprobs.numpy()}
+        top = {"token_top_ids": top_ids.numpy(), "token_top_logprobs": top_logprobs.numpy()}
+        return told | top if k else told
 
     def logits(self, hidden: Tensor, kv: PagedView) -> Tensor:
         """hidden (R, H) -> float32 (R, V)."""

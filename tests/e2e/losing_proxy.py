@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 class LosingProxy:
     """`lose` is how many of the next replies are lost, each whole but for its first `keep` bytes; `lost` are those.
-    It speaks HTTP/1.1 with declared lengths, one exchange a connection."""
+    It speaks HTTP/1.1 with declared lengths or in chunks, one exchange a connection."""
 
     def __init__(self, address: str) -> None:
         parts = urlsplit(address)
@@ -63,7 +63,7 @@ class LosingProxy:
 
 
 def _read(side: socket.socket) -> bytes:
-    """One message: its head, and as much of a body as it declares."""
+    """One message: its head, and as much of a body as it declares, or all of its chunks."""
     received = b""
     while b"\r\n\r\n" not in received:
         chunk = side.recv(1 << 16)
@@ -73,6 +73,7 @@ def _read(side: socket.socket) -> bytes:
     head, _, body = received.partition(b"\r\n\r\n")
     fields = dict(line.lower().split(b":", 1) for line in head.split(b"\r\n")[1:])
     length = int(fields.get(b"content-length", b"0"))
-    while len(body) < length:
+    chunked = b"chunked" in fields.get(b"transfer-encoding", b"")
+    while len(body) < length or (chunked and not body.endswith(b"0\r\n\r\n")):
         body += side.recv(1 << 16)
     return head + b"\r\nConnection: close\r\n\r\n" + body

@@ -23,6 +23,7 @@ from tests.tiny import save_tiny_decoder
 
 README = (ROOT / "README.md").read_text()
 SESSIONS = (ROOT / "docs" / "sessions.md").read_text()
+CLIENTS = (ROOT / "docs" / "clients.md").read_text()
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text()
 SERVICE = "http://127.0.0.1:8000"
 
@@ -95,8 +96,8 @@ def test_migrating_python(code: str, address: str, tmp_path: Path) -> None:
     assert printed.splitlines() == said
 
 
-@pytest.mark.parametrize("code", blocks(SESSIONS, "python"))
-def test_sessions_python(code: str, address: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", blocks(SESSIONS, "python") + blocks(CLIENTS, "python"))
+def test_guides_python(code: str, address: str, tmp_path: Path) -> None:
     """A snippet prints what its comments say; in a loop, each time, or each of them in turn."""
     said = re.findall(r"^( *)print\(.*\)  # (.+)$", code, flags=re.MULTILINE)
     assert said

@@ -90,7 +90,8 @@ class FakeRunner:
 
 
 class FakeDecoder(FakeRunner):
-    """The token after t is `after[t]`, else t + 1; the logits say so with 1.0. Keeps what it was fed, and the seeds."""
+    """The token after t is `after[t]`, else t + 1; the logits say so with 1.0. Keeps what it was fed, and the seeds.
+    What it says was likeliest in the place of a token given is that token, and those that follow it."""
 
     def __init__(self, blocks: int = 64, block_size: int = 4, kv_dtype: str = "float16") -> None:
         super().__init__(
@@ -133,7 +134,11 @@ class FakeDecoder(FakeRunner):
         if want.logits == "all":
             result.positions["logits"] = np.stack([self.logits(token) for token in tokens])
         if want.token_logprobs:
-            result.positions["token_logprobs"] = self.foretold(row, tokens)
+            told = result.positions["token_logprobs"] = self.foretold(row, tokens)
+            if k := want.token_top_logprobs:
+                likeliest = np.arange(k) + np.array(tokens)[:, None]
+                result.positions["token_top_ids"] = np.where(np.isnan(told)[:, None], -1, likeliest)
+                result.positions["token_top_logprobs"] = np.where(np.isnan(told), np.nan, 0)[:, None] - np.arange(k)
         if row.last and want.logits == "last":
             result.once["logits"] = self.logits(last)[None]
         if row.last and want.top_logprobs:
