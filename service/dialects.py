@@ -94,24 +94,23 @@ class Completion(Dialect):
         choice = self._choice(piece.choice, [piece])
         if not choice.text and choice.logprobs is None and piece.finish_reason is None:
             return None
-        chunk = self._reply([choice])
-        if self._continuous:
-            chunk.usage = self._usage()
-        return chunk
+        return self._reply([choice], self._usage() if self._continuous else None)
 
     def last_chunk(self) -> CompletionReply:
-        return self._reply([], usage=self._usage())
+        return self._reply([], self._usage())
 
     def whole(self, pieces: Iterable[Piece], problem: Problem | None) -> CompletionReply:
         choices = [self._choice(choice, own) for choice, own in _by_choice(pieces)]
-        reply = self._reply(choices, usage=self._usage())
-        return _closed(reply, self._head, problem)
+        return _closed(self._reply(choices, self._usage()), self._head, problem)
 
-    def _reply(self, choices: list[CompletionChoice], **more: TokenUsage) -> CompletionReply:
+    def _reply(self, choices: list[CompletionChoice], usage: TokenUsage | None = None) -> CompletionReply:
         head = self._head
-        return CompletionReply(
-            id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices, **more
+        reply = CompletionReply(
+            id=head.id, object="text_completion", created=head.created, model=head.model, choices=choices
         )
+        if usage is not None:
+            reply.usage = usage
+        return reply
 
     def _choice(self, index: int, pieces: Sequence[Piece]) -> CompletionChoice:
         """With what its pieces say; the first time with the prompt, if that is to be told."""
@@ -169,13 +168,10 @@ class Chat(Dialect):
         choice = ChunkChoice(index=piece.choice, delta=delta, finish_reason=piece.finish_reason)
         if logprobs is not None:
             choice.logprobs = logprobs
-        chunk = self._chunk([choice])
-        if self._continuous:
-            chunk.usage = self._usage()
-        return chunk
+        return self._chunk([choice], self._usage() if self._continuous else None)
 
     def last_chunk(self) -> ChatChunk:
-        return self._chunk([], usage=self._usage())
+        return self._chunk([], self._usage())
 
     def whole(self, pieces: Iterable[Piece], problem: Problem | None) -> ChatReply:
         head, choices = self._head, []
@@ -193,11 +189,14 @@ class Chat(Dialect):
         )
         return _closed(reply, head, problem)
 
-    def _chunk(self, choices: list[ChunkChoice], **more: TokenUsage) -> ChatChunk:
+    def _chunk(self, choices: list[ChunkChoice], usage: TokenUsage | None = None) -> ChatChunk:
         head = self._head
-        return ChatChunk(
-            id=head.id, object="chat.completion.chunk", created=head.created, model=head.model, choices=choices, **more
+        chunk = ChatChunk(
+            id=head.id, object="chat.completion.chunk", created=head.created, model=head.model, choices=choices
         )
+        if usage is not None:
+            chunk.usage = usage
+        return chunk
 
     def _told(self, pieces: Sequence[Piece]) -> ChatLogprobs | None:
         tokens = [piece.token for piece in pieces if piece.token is not None]

@@ -161,7 +161,7 @@ def _read_completion(request: Request, tenant: str, body: bytes) -> _Read:
         return Completion(answers, head, echo=echo, logprobs=wanted.logprobs, continuous=continuous)
 
     usage = bool(options and options.include_usage)
-    return _Read(asked, plan and plan.turn, dialect, "cmpl", bool(wanted.stream), usage)
+    return _Read(asked, None if plan is None else plan.turn, dialect, "cmpl", bool(wanted.stream), usage)
 
 
 def _read_chat(request: Request, tenant: str, body: bytes) -> _Read:
@@ -199,7 +199,7 @@ def _read_chat(request: Request, tenant: str, body: bytes) -> _Read:
         return Chat(answers, head, logprobs=bool(wanted.logprobs), continuous=continuous)
 
     usage = bool(options and options.include_usage)
-    return _Read(asked, plan and plan.turn, dialect, "chatcmpl", bool(wanted.stream), usage)
+    return _Read(asked, None if plan is None else plan.turn, dialect, "chatcmpl", bool(wanted.stream), usage)
 
 
 async def _answer(request: Request, service: Service, read: _Read) -> Response:

@@ -34,7 +34,7 @@ def native(service: str) -> dict[str, str]:
         told = {}
         for name, said in (("text", {"text": "abc"}), ("chat", {"messages": MESSAGES})):
             with client.sessions.create(MODEL) as session:
-                session.prefill(**said)  # type: ignore[arg-type]
+                session.prefill(**said)
                 told[name] = session.generate(max_tokens=6).outputs.text[0]
     return told
 

@@ -190,8 +190,8 @@ def test_a_past_that_is_kept_gives_way_at_once_to_whoever_wants_blocks(house: De
     house.open(B, positions=30)
     assert like(house, [2] * 20)[1] == 19
     assert like(house, [3] * 20, B)[1] == 0, "its own go first"
-    for session in house.engine.sessions(A):
-        house.engine.delete_session(session.id, A)
+    for info in house.engine.sessions(A):
+        house.engine.delete_session(info.id, A)
     house.open(B, positions=60)
     assert like(house, [1] * 20)[1] == 0
 

@@ -151,6 +151,55 @@ def test_asking_for_log_probabilities_changes_nothing_else(llama: Path) -> None:
     torch.testing.assert_close(told[0], told[1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("budget", [7, 512])
+def test_the_likeliest_in_each_place(llama: Path, foretold: tuple[list[int], np.ndarray], budget: int) -> None:
+    """By transformers over the whole text; where the token given is the likeliest, it has the very same number."""
+    served = serve_checkpoint(llama, token_budget=budget)
+    tokens, _ = foretold
+    logprobs = torch.log_softmax(reference_logits(reference_model("llama"), tokens), -1)
+    session = served.open()
+    for start, stop in ((0, PAST), (PAST, 60)):
+        outputs = served.tokens(
+            session, tokens[start:stop], want=Want(token_logprobs=True, token_top_logprobs=3)
+        ).outputs
+        ids, told = outputs["token_top_ids"][0], outputs["token_top_logprobs"][0]
+        assert (ids.shape, ids.dtype, told.dtype) == ((stop - start, 3), np.int64, np.float32)
+        first = int(start == 0)
+        assert np.isnan(told[:first]).all()
+        assert (ids[:first] == -1).all()
+        expected = logprobs[start - 1 + first : stop - 1].topk(3)
+        np.testing.assert_allclose(told[first:], expected.values.numpy(), atol=2e-3)
+        gathered = logprobs[start - 1 + first : stop - 1].gather(1, torch.from_numpy(ids[first:]))
+        np.testing.assert_allclose(told[first:], gathered.numpy(), atol=2e-3)
+    greedy = served.finish(Generate(session, 9)).token_ids[0]
+    again = served.open()
+    served.tokens(again, tokens)
+    outputs = served.tokens(again, greedy, want=Want(token_logprobs=True, token_top_logprobs=1)).outputs
+    assert outputs["token_top_ids"][0, :, 0].tolist() == greedy
+    assert (outputs["token_top_logprobs"][0, :, 0] == outputs["token_logprobs"][0]).all()
+
+
+def test_a_prompt_and_its_generation_are_one_turn_of_the_model(llama: Path) -> None:
+    """The same tokens as after a prefill; also where the session is cut back before, and begins as another does."""
+    served = serve_checkpoint(llama, token_budget=16)
+    tokens = words(PAST + 3, 0)["token_ids"]
+    session = served.open()
+    served.tokens(session, tokens[0].tolist())
+    plain = served.finish(Generate(session, 8, logprobs=True, top_logprobs=2))
+    at_once = served.finish(Generate(served.open(), 8, logprobs=True, top_logprobs=2, inputs={"token_ids": tokens}))
+    cut = served.finish(Generate(session, 8, inputs={"token_ids": tokens[:, PAST:]}, at=PAST))
+    like = served.engine.create_session(served.engine.session(session).model, like=tokens[0].tolist())
+    assert like.valid_length == [PAST + 2]
+    shared = served.finish(Generate(like.id, 8, inputs={"token_ids": tokens[:, PAST + 2 :]}))
+    for result in (at_once, cut, shared):
+        assert result.token_ids == plain.token_ids
+    np.testing.assert_allclose(at_once.logprobs, plain.logprobs, atol=1e-5)
+    for token, logprob, likeliest in zip(plain.token_ids[0], plain.logprobs[0], plain.top_logprobs[0], strict=True):
+        assert likeliest[0][0] == token
+        assert likeliest[0][1] == pytest.approx(logprob, abs=1e-6)
+        assert likeliest[1][1] <= likeliest[0][1]
+
+
 def test_rows_of_different_lengths_and_ends_have_log_probabilities_each(
     llama: Path, foretold: tuple[list[int], np.ndarray]
 ) -> None:
