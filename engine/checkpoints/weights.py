@@ -17,6 +17,7 @@ Tensor names are the engine's own, one set for all families; a linear weight is 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -302,7 +303,8 @@ def file_digest(path: Path, cache_dir: Path | None = None) -> str:
         if re.fullmatch("[0-9a-f]{64}", digest):
             return digest
     digest = _hash(path)
-    write_atomically(kept, digest.encode())
+    with contextlib.suppress(OSError):  # a cache that cannot be written to only costs the time to read it again
+        write_atomically(kept, digest.encode())
     return digest
 
 

@@ -321,6 +321,13 @@ def test_a_digest_is_kept_until_the_file_changes(tmp_path: Path) -> None:
     assert file_digest(file, cache) not in (digest, "0" * 64)
 
 
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_bytes(b"abc")
+    cache.write_text("a file where the folder should be")
+    assert file_digest(file, cache) == file_digest(file)
+
+
 def test_the_hub_is_asked_for_safe_files_only(tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
