@@ -16,7 +16,7 @@ from engine.batch import Once, Operation
 from engine.blocks import blocks_for
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidInput, ModelNotFound, QueueFull, SessionGone, SessionNotFound
-from engine.events import EventLog
+from engine.events import EventLog, open_sessions
 from engine.prefix import Prefix, longest_prefix
 from engine.replay import Replays
 from engine.serving import Runner, Served
@@ -24,6 +24,7 @@ from engine.session import Sequence, Session, SessionChanges, SessionFilter, Ses
 from engine.specs import ModelSpec
 from engine.stats import Capacity, Receipt, SessionInfo
 from engine.store import SessionStore
+from engine.tally import Figures
 from engine.tenants import Tenants
 
 MAX_BATCH_SIZE = 1024
@@ -227,6 +228,12 @@ class Books:
             models = [served.capacity(self._of(name), tenant) for name, served in self._served.items()]
             own = self._tenants.quota(tenant), self._tenants.use(tenant)
             return Capacity(models, len(self._store), self._waiting, *own)
+
+    def figures(self) -> list[Figures]:
+        """What each model holds and has done, everybody's sessions together."""
+        with self._lock:
+            counted = {name: self.events.counts(name) for name in self._served}
+            return [served.figures(open_sessions(counted[n]), counted[n]) for n, served in self._served.items()]
 
     # What operations move.
 

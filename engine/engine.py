@@ -51,6 +51,7 @@ from engine.past import check_export, check_past, export_past, import_positions
 from engine.results import gather
 from engine.serving import Served
 from engine.session import Session, SessionState
+from engine.tally import Pace
 from engine.tenants import counts_by_tenant
 
 
@@ -230,6 +231,7 @@ class Engine(Books):
         with self._lock:
             self._has_news = True
             served.gather.ran(batch, began, self._clock())
+            served.tally.batch(batch, elapsed_ms / 1e3)
             for work in batch.works:
                 work.compute_ms += elapsed_ms
             if error is None:
@@ -403,8 +405,9 @@ class Engine(Books):
         session = work.session
         if session.state is SessionState.CLOSED:
             return
-        operation: Operation = session.waiting[0]
-        self._tenants.took(self._clock() - work.submitted_at)
+        operation: Append | ExportPast | ImportPast = session.waiting[0]
+        seconds = self._clock() - work.submitted_at
+        self._tenants.took(seconds)
         session.state = SessionState.IDLE
         result: object = None
         if error is None:
@@ -413,6 +416,7 @@ class Engine(Books):
             except MemoryError as failure:  # only an export's result is large, and an export has changed nothing
                 error = _as_engine_error(failure, "the engine")
         if error is None:
+            self._served[session.model].tally.ended(operation, work, seconds)
             self._done(operation, session, result, session.version - work.changes)
         else:
             reject(self._pop(session), error)
@@ -445,6 +449,7 @@ class Engine(Books):
         if operation.at is not None:
             self._truncate(served, session, row_lengths("at", operation.at, session))
         generation = Generation(operation, session, began_at)
+        pace = Pace(served.tally, self._clock())
 
         def turn_ended(work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
             if session.state is SessionState.CLOSED:
@@ -455,8 +460,11 @@ class Engine(Books):
                     raise error
                 if any(generation.new):
                     event = generation.committed()
+                    pace.committed(work.new, self._clock())
                     if operation.on_token is not None:
                         operation.on_token(event)
+                else:
+                    pace.prompted(work.new)
                 if work.want.sample is not None:
                     generation.draw(outputs)
                 if work.want.sample is not None and any(generation.new):
@@ -467,7 +475,9 @@ class Engine(Books):
                 error = failure
             session.state = SessionState.IDLE
             if error is None:
-                self._done(operation, session, generation.result(), generation.began_at)
+                result = generation.result()
+                pace.ended(result, self._clock())
+                self._done(operation, session, result, generation.began_at)
             else:
                 operation.partial = generation.partial(error)
                 if operation.partial is not None:

@@ -13,9 +13,10 @@ import re
 import secrets
 import threading
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.errors import InvalidInput
 from engine.session import Session
@@ -49,6 +50,11 @@ class Gap:
     lost: int | None
 
 
+def open_sessions(counts: Mapping[EventKind, int]) -> int:
+    """How many sessions are there, by the events there have been."""
+    return sum(births * counts[kind] for kind, births in _BIRTHS.items())
+
+
 _BIRTHS: dict[EventKind, int] = {"created": 1, "forked": 1, "deleted": -1, "expired": -1, "evicted": -1}
 
 
@@ -62,6 +68,7 @@ class EventLog:
         self._kept_seconds = kept_seconds
         self._lock = threading.Lock()
         self._rings: dict[str, _Ring] = {}
+        self._counts: Counter[tuple[str, EventKind]] = Counter()  # by model
         self._left: dict[str, float] = {}  # tenants with neither sessions nor readers, and since when; oldest first
 
     @property
@@ -69,9 +76,15 @@ class EventLog:
         """How many have a ring."""
         return len(self._rings)
 
+    def counts(self, model: str) -> dict[EventKind, int]:
+        """How many of each kind there have been of the model's sessions, also those that no ring has any more."""
+        with self._lock:
+            return {kind: self._counts[model, kind] for kind in get_args(EventKind)}
+
     def emit(self, kind: EventKind, session: Session) -> None:
         lengths = array("i", session.valid_length)
         with self._lock:
+            self._counts[session.model, kind] += 1
             ring = self._ring(session.tenant)
             event = SessionEvent(
                 ring.id(ring.end),

@@ -1,6 +1,6 @@
 """One model that is served: its runner and queue, and what can be told of them. Read and called by the engine only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from engine.admission import Room
@@ -8,6 +8,7 @@ from engine.batch import Array, Batch, RowResult
 from engine.blocks import NULL_BLOCK, BlockPool, blocks_for
 from engine.config import EngineConfig
 from engine.errors import InvalidInput, ModelFailed
+from engine.events import EventKind
 from engine.eviction import victims
 from engine.gather import Gather
 from engine.prefix import Prefixes
@@ -16,6 +17,7 @@ from engine.session import Session, SessionState
 from engine.shares import Shares
 from engine.specs import ModelSpec
 from engine.stats import ModelCapacity, SessionInfo
+from engine.tally import Figures, Tally
 
 EVICT_SECONDS = 0.1  # until sessions are looked through again after none of them could go
 
@@ -58,6 +60,7 @@ class Served:
         self.scheduler = Scheduler(pool, config, causal=runner.spec.causal)
         self.prefixes = Prefixes(pool, config.prefixes)
         self.gather = Gather(config.gather_share)
+        self.tally = Tally()
         self.evict_after = 0.0  # there is nothing to evict until then
 
     @property
@@ -151,6 +154,20 @@ class Served:
         own, available = pool.shares.used(tenant) - spare[tenant], pool.shares.available(tenant, pool.free, spare)
         counts = (pool.blocks - 1, free, pool.blocks - 1 - free, shared, reserved, own, available)
         return ModelCapacity(self.spec.name, self.block_size, self.block_bytes, *counts)
+
+    def figures(self, sessions: int, events: Mapping[EventKind, int]) -> Figures:
+        """`sessions`: how many the model has. Looks at those that run alone, so that many idle ones cost nothing."""
+        works = [work for work in self.scheduler.works() if work.session.state is SessionState.RUNNING]
+        started = sum(work.started_at is not None or work.future is None for work in works)  # or a generation goes on
+        return Figures(
+            spec=self.spec,
+            capacity=self.capacity([work.session for work in works], ""),
+            sessions={"idle": sessions - len(works), "running": len(works)},
+            running=started,
+            waiting=sum(len(work.session.waiting) for work in works) - started,
+            events=events,
+            tally=self.tally.copy(),
+        )
 
     def check(self, sessions: list[Session]) -> None:
         """Raises RuntimeError unless blocks, tables and lengths of the model's sessions agree."""

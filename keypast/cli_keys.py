@@ -25,7 +25,10 @@ File = Annotated[
 def new(
     tenant: Annotated[str, typer.Argument(help="Whose sessions the key may see.")],
     file: File,
-    role: Annotated[Role, typer.Option(help="admin may also drain, check and list all sessions.")] = "user",
+    role: Annotated[
+        Role,
+        typer.Option(help="admin may also drain, check, list all sessions, read metrics; metrics: read those alone."),
+    ] = "user",
     days: Annotated[float | None, typer.Option(min=0, help="It ends after so many; default: never.")] = None,
 ) -> None:
     """Make a key and print it, this once; the file keeps only its salted hash."""

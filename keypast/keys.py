@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-Role = Literal["user", "admin"]
+Role = Literal["user", "admin", "metrics"]
 
 _NEVER = "never"
 _ID = re.compile(r"[0-9a-f]{12}")

@@ -15,8 +15,10 @@ from service.errors import add_handlers
 from service.lifecycle import Load, Service
 from service.limits import RequestRate
 from service.logs import RequestLog
-from service.routes import admin, batch, events, generation, health, inference, models, openai, past, sessions
+from service.metrics import Exposition
+from service.routes import admin, batch, events, generation, health, inference, metrics, models, openai, past, sessions
 from service.settings import Settings, SettingsError
+from service.traffic import Traffic
 
 
 def create_app(load: Load, settings: Settings) -> FastAPI:
@@ -42,14 +44,16 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.service = Service(load, settings)
-    for routes in (inference, batch, generation, sessions, past, events, models, openai, admin, health):
+    app.state.traffic = Traffic()
+    app.state.exposition = Exposition(app.state.service, app.state.traffic)
+    for routes in (inference, batch, generation, sessions, past, events, models, openai, admin, health, metrics):
         app.include_router(routes.router)
     add_handlers(app)
     openapi.install(app, PUBLIC)
     app.add_middleware(Direct, inference.router.routes)
     app.add_middleware(Bodies, settings.body_seconds)
     app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute))
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, app.state.traffic)
     return app
 
 

@@ -19,6 +19,7 @@ from service.limits import RequestRate
 from service.logs import logger
 
 PUBLIC = {"/livez", "/readyz"}  # what a load balancer asks; they say nothing of anybody
+METRICS = "/metrics"  # of everybody's sessions together
 LOOK_EVERY = 1.0  # seconds between two looks at the file
 
 
@@ -133,6 +134,8 @@ class Authenticate:
         try:
             caller = self._keys.caller(Headers(scope=scope))
             scope["state"]["caller"] = caller
+            if caller.role == "metrics" and scope["path"] != METRICS:
+                return Forbidden("this key reads /metrics alone")
             self._rate.take(caller.tenant)
         except Exception as refusal:
             return refusal
@@ -155,6 +158,12 @@ async def admin(request: Request) -> Caller:
     if caller.role != "admin":
         raise Forbidden("this is for an admin's key: keypast keys new TENANT --role admin")
     return caller
+
+
+async def metrics_reader(request: Request) -> None:
+    """Raises Forbidden. Where there are no keys, everybody may."""
+    if caller_of(request).role == "user":
+        raise Forbidden("this is for a key that reads metrics: keypast keys new TENANT --role metrics")
 
 
 Tenant = Annotated[str, Depends(tenant)]

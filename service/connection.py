@@ -18,6 +18,7 @@ from uvicorn.server import ServerState
 from keypast.schemas import Code
 from service.errors import PROBLEM_TYPE, refusal_problem
 from service.settings import Settings
+from service.traffic import Traffic
 
 LINGER = 2.0  # seconds that what a refused client still sends is taken and dropped: else it would never see its reply
 
@@ -26,10 +27,11 @@ class Connection(HttpToolsProtocol):
     """`bounded` makes the class that a server takes."""
 
     settings: Settings
+    traffic: Traffic
 
     @classmethod
-    def bounded(cls, settings: Settings) -> type["Connection"]:
-        return type("BoundedConnection", (cls,), {"settings": settings})
+    def bounded(cls, settings: Settings, traffic: Traffic) -> type["Connection"]:
+        return type("BoundedConnection", (cls,), {"settings": settings, "traffic": traffic})
 
     def __init__(
         self,
@@ -170,6 +172,7 @@ class Connection(HttpToolsProtocol):
         cycle = self.cycle
         if self.transport.is_closing():
             return
+        self.traffic.refused(code)
         answered = cycle is None or cycle.response_complete
         if answered if in_head else not (self.pipeline or cycle.response_started):
             body = refusal_problem(status, code, message).model_dump_json(exclude_none=True).encode()

@@ -32,6 +32,7 @@ class Direct:
         if found is None or route is None:
             await self._app(scope, receive, send)
             return
+        scope["route"] = route  # as FastAPI does, for who counts
         request = Request(scope, receive)
         try:
             response = await route.endpoint(request, found[1], caller_of(request).tenant)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.routing import Match
 
 from engine.errors import (
@@ -103,8 +104,14 @@ def refusal_problem(status: HTTPStatus, code: Code, detail: str, **members: Any)
     return Problem(title=status.phrase, status=status, detail=detail, code=code, error=body, **members)
 
 
+def note(request: HTTPConnection, problem: Problem) -> None:
+    """For who counts what clients are told: a reply may tell of no problem, of one, or of many."""
+    request.scope.setdefault("state", {}).setdefault("problems", []).append(problem.code)
+
+
 def problem_response(request: Request, error: Exception) -> Response:
     problem = problem_of(error, request.url.path, request.scope.get("state", {}).get("request_id"))
+    note(request, problem)
     headers = {}
     if problem.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(problem.retry_after))

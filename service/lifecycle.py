@@ -16,6 +16,7 @@ from typing import Literal
 from fastapi import Request
 
 from engine.engine import Engine
+from engine.tally import Figures
 from service.errors import NotReady
 from service.limits import OpenStreams
 from service.settings import Settings
@@ -87,6 +88,10 @@ class Service:
     def engine(self) -> Engine:
         """Raises NotReady."""
         return self.worker.engine
+
+    def figures(self) -> list[Figures]:
+        """What each model holds and has done; nothing before the models are loaded."""
+        return [] if self._worker is None else self._worker.engine.figures()
 
     def text_model(self, name: str) -> TextModel | None:
         return self._texts.get(name)

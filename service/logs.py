@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import Request
@@ -18,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
+from service.traffic import Traffic
 from service.worker import ReaderGone
 
 CLIENT_GONE = 499  # nginx's name for a request whose client left
@@ -100,17 +102,18 @@ def audit(request: Request, action: Action, session: str | None = None, **fields
     audits.info("%s", shown, extra={"fields": {name: value for name, value in told.items() if value is not None}})
 
 
-PROBES = {"/livez", "/readyz", "/health"}  # asked every few seconds, and of no interest when they answer
+PROBES = {"/livez", "/readyz", "/health", "/metrics"}  # asked every few seconds, and of no interest when they answer
 
 
 class RequestLog:
-    """The outermost layer: gives each request its id, answers what nobody caught, and writes the line.
+    """The outermost layer: gives each request its id, answers what nobody caught, writes the line, and counts.
 
     A HEAD request runs as GET; the server leaves out the body. What never ends looks at `only_head`.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
         self._app = app
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,6 +135,7 @@ class RequestLog:
             await send(message)
 
         started = time.perf_counter()
+        self._traffic.began()
         try:
             await self._app(scope, receive, send_with_id)
         except ReaderGone:
@@ -141,9 +145,12 @@ class RequestLog:
             if status == 0:
                 await problem_response(Request(scope), error)(scope, receive, send_with_id)
         finally:
-            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            seconds = time.perf_counter() - started
+            self._traffic.ended(scope, method, status, seconds)
+            quiet = scope["path"] in PROBES and status != HTTPStatus.UNAUTHORIZED
+            level = logging.DEBUG if quiet else logging.INFO
             if access.isEnabledFor(level):
-                _write_line(level, scope, method, status, (time.perf_counter() - started) * 1e3)
+                _write_line(level, scope, method, status, seconds * 1e3)
 
 
 def _write_line(level: int, scope: Scope, method: str, status: int, ms: float) -> None:

@@ -39,7 +39,7 @@ def serve(load: Load, settings: Settings) -> int:
         return 1
     config = uvicorn.Config(
         app,
-        http=Connection.bounded(settings),
+        http=Connection.bounded(settings, app.state.traffic),
         ws="none",
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,

@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 from fastapi import Response
+from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
-from service.errors import problem_of
+from service.errors import note, problem_of
 from service.worker import ReaderGone
 
 EVENT_STREAM = "text/event-stream"
@@ -62,6 +63,7 @@ class EventStream(Response):
                 raise ReaderGone from None
             except Exception as error:
                 problem = problem_of(error, scope["path"], scope["state"]["request_id"])
+                note(HTTPConnection(scope), problem)
                 body = event(problem.model_dump_json(exclude_none=True))
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": self._end, "more_body": False})

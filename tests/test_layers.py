@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS: dict[str, tuple[str, ...]] = {
     "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
-    " engine.expiry engine.shares engine.eviction engine.turns engine.events engine.prefix": (
+    " engine.expiry engine.shares engine.eviction engine.turns engine.events engine.prefix engine.tally": (
         "L1",
         "L0",
     ),
@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "keypast.schemas keypast.openai_schemas keypast.wire keypast.past keypast.batch keypast.keys": ("S0", ""),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs service.watching service.once"
-    " service.bodies": (
+    " service.bodies service.traffic": (
         "S1",
         "S0 L0 L1 L5 L3",
     ),

@@ -12,7 +12,7 @@ from keypast.batch import Outcome, Step, read_steps, write_outcomes
 from keypast.schemas import BatchOutcome, BatchStep
 from keypast.wire import Encoded, Form, WireError, is_safetensors, parse_key, reply_form
 from service.auth import Tenant
-from service.errors import problem_of
+from service.errors import note, problem_of
 from service.lifecycle import Service, service_of
 from service.limits import body_limit, read_body
 from service.once import once_of_step
@@ -51,12 +51,11 @@ async def batch_step(request: Request, tenant: Tenant) -> Response:
     ended = [one.operation if isinstance(one.operation, Exception) else next(results) for one in asked]
     form: Form = "safetensors" if is_safetensors(request.headers.get("content-type")) else "nested"
     binary = reply_form(form, request.headers.get("accept")) == "safetensors"
-    request_id = request.state.request_id
     size = sum(size_of(result) for result in ended if isinstance(result, AppendResult))
     reply: Encoded = await coded(
         size,
         lambda: write_outcomes(
-            [_outcome(one, result, request_id) for one, result in zip(asked, ended, strict=True)], binary=binary
+            [_outcome(request, one, result) for one, result in zip(asked, ended, strict=True)], binary=binary
         ),
     )
     return Response(reply.body, 200, None, reply.content_type)
@@ -93,12 +92,14 @@ def _asked(service: Service, tenant: str, request: Request, step: Step, seen: di
     return _Asked(session_id, body.form, text, operation)
 
 
-def _outcome(asked: _Asked, result: AppendResult | Exception, request_id: str) -> Outcome:
+def _outcome(request: Request, asked: _Asked, result: AppendResult | Exception) -> Outcome:
     if isinstance(result, Exception):
+        request_id = request.state.request_id
         if not isinstance(result, EngineError | WireError):
             logger.error("request %s failed", request_id, exc_info=result)
         path = None if asked.session_id is None else f"/v1/sessions/{quote(asked.session_id, safe='')}/step"
         problem = problem_of(result, path, request_id)
+        note(request, problem)
         return Outcome(BatchOutcome(session_id=asked.session_id, status=problem.status, problem=problem), {})
     reply, arrays = reply_of(result, asked.text)
     form = "base64" if asked.form == "safetensors" else asked.form

@@ -13,7 +13,7 @@ from engine.stats import SessionInfo
 from keypast.schemas import Generated, GenerateReply, GenerateRequest, Problem, StreamEnd, StreamToken, Timings
 from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
 from service.auth import Tenant
-from service.errors import problem_of
+from service.errors import note, problem_of
 from service.lifecycle import Service, service_of
 from service.limits import json_limit
 from service.once import read_change, replay_headers
@@ -145,7 +145,11 @@ class _Run:
         )
 
     def _problem(self, result: GenerateResult) -> Problem | None:
-        return None if result.error is None else problem_of(result.error, self._request.url.path)
+        if result.error is None:
+            return None
+        problem = problem_of(result.error, self._request.url.path)
+        note(self._request, problem)
+        return problem
 
     def _respond(self, result: GenerateResult, *, again: bool) -> Response:
         if again:

@@ -27,7 +27,7 @@ from keypast.wire import JSON_TYPE, validated
 from service.answers import Answers, Asked, Piece, Turn
 from service.auth import Tenant
 from service.dialects import Chat, Completion, Dialect, Head
-from service.errors import problem_of
+from service.errors import note, problem_of
 from service.lifecycle import Service, service_of
 from service.limits import json_body, json_limit
 from service.once import REPLAYED, once_of
@@ -222,6 +222,8 @@ async def _answer(request: Request, service: Service, read: _Read) -> Response:
             pieces.append(piece)
     error = pieces[-1].error
     problem = None if error is None else problem_of(error, request.url.path)
+    if problem is not None:
+        note(request, problem)
     whole = dialect.whole(pieces, problem)
     return Response(whole.model_dump_json(exclude_unset=True), 200, _headers(turn), JSON_TYPE)
 

@@ -8,6 +8,7 @@ import pytest
 
 from keypast import Client, errors
 from keypast.keys import new_key
+from service.healthcheck import is_ready
 from service.server import check_tls
 from service.settings import Settings, SettingsError
 from tests.e2e.test_server import Server
@@ -65,6 +66,9 @@ def test_https() -> None:
             assert client.post(f"{path}/prefill", json={"token_ids": [[97]]}).status_code == 200
             late = client.post(f"{path}/prefill", headers={"a": "b" * 40_000}, json={})
             assert (late.status_code, late.json()["code"]) == (431, "head_too_large")
+        port = int(address.rpartition(":")[2])
+        assert is_ready(Settings(port=port, tls_cert=TLS / "cert.pem", tls_key=TLS / "key.pem"))
+        assert not is_ready(Settings(port=port)), "it is asked for http"
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{address}/livez")
         with pytest.raises(httpx.HTTPError):
