@@ -40,6 +40,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 JSON_TYPE = "application/json"
 MERGE_PATCH_TYPE = "application/merge-patch+json"
+OCTETS_TYPE = "application/octet-stream"
 SAFETENSORS_TYPE = "application/vnd.safetensors"
 MAX_NAMES = 1 << 16  # in one JSON body; 512 steps of three tensors have 8,000
 LONGEST_NAME = 128  # characters of a field that is told
@@ -61,7 +62,7 @@ _SAFETENSORS_DTYPES = {
 }
 _SAFETENSORS_NAMES = {name: short for short, name in _SAFETENSORS_DTYPES.items()}
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"(\s*+:)?)?', re.DOTALL)  # whole, so that no byte is looked at twice
-_UNION_BRANCH = re.compile(r"(int|str|constrained-str|constrained-int|list\[.*\]|function-.*)")
+_UNION_BRANCH = re.compile(r"(bool|float|int|str|constrained-str|constrained-int|list\[.*\]|function-.*)")
 
 
 class WireError(ValueError):
@@ -90,26 +91,26 @@ def decode_tensor(field: str, body: TensorBody, *, finite: bool = True) -> Array
 
     Raises WireError: size and shape disagree, ragged nesting, a value the dtype cannot hold, not finite.
     """
-    size = _size(field, body.dtype, body.shape)
+    size = byte_size(field, body.dtype, body.shape)
     if body.data_b64 is not None:
-        array = _from_bytes(field, body.dtype, body.shape, _unbase64(field, body.data_b64, size))
+        array = from_bytes(field, body.dtype, body.shape, _unbase64(field, body.data_b64, size))
         return check_finite(field, array) if finite else array
     assert body.data is not None  # TensorBody holds exactly one
-    numbers = _flatten(field, body.data, body.shape)
+    numbers = flatten(field, body.data, body.shape)
     return _from_numbers(field, body.dtype, numbers).reshape(body.shape)
 
 
 def encode_tensor(array: Array, form: Form) -> dict[str, Any]:
     """The JSON object of an array; numbers that JSON cannot name turn flat and nested into base64."""
-    array = _plain("tensor", array)
+    array = plain_array("tensor", array)
     body: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
     if form == "base64" or not np.isfinite(array).all():
         return {**body, "data_b64": base64.b64encode(array.tobytes()).decode("ascii")}
     return {**body, "data": array.tolist() if form == "nested" and array.ndim else array.ravel().tolist()}
 
 
-def _size(field: str, dtype: str, shape: Sequence[int]) -> int:
-    """Bytes on the wire. A zero axis must not hide a product that overflows."""
+def byte_size(field: str, dtype: str, shape: Sequence[int]) -> int:
+    """Bytes on the wire. A zero axis must not hide a product that overflows. Raises WireError."""
     if _ITEM_BYTES[dtype] * math.prod(max(extent, 1) for extent in shape) >= 2**63:
         raise WireError(field, f"shape {list(shape)} is too large")
     return _ITEM_BYTES[dtype] * math.prod(shape)
@@ -127,7 +128,8 @@ def _unbase64(field: str, text: str, size: int) -> bytearray:
     return bytearray(data)
 
 
-def _from_bytes(field: str, dtype: str, shape: Sequence[int], data: bytearray) -> Array:
+def from_bytes(field: str, dtype: str, shape: Sequence[int], data: bytearray) -> Array:
+    """A view of the bytes, `byte_size` of them; bfloat16 is widened. Raises WireError."""
     if dtype == "bfloat16":
         return _widen(np.frombuffer(data, dtype="<u2")).reshape(shape)
     if dtype == "bool" and data.strip(b"\0\1"):
@@ -140,7 +142,8 @@ def _widen(halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
-def _flatten(field: str, data: list[Any], shape: Sequence[int]) -> list[Any]:
+def flatten(field: str, data: list[Any], shape: Sequence[int]) -> list[Any]:
+    """As many entries as the shape has, of flat or nested data. Raises WireError."""
     if not (data and isinstance(data[0], list)):
         if len(data) != math.prod(shape):
             raise WireError(field, f"{len(data)} numbers where shape {list(shape)} needs {math.prod(shape)}")
@@ -197,14 +200,14 @@ def check_finite(field: str, array: Array) -> Array:
     return array
 
 
-def _plain(field: str, array: Array) -> Array:
+def plain_array(field: str, array: Array) -> Array:
     """Contiguous and little-endian, so that its bytes are the wire's."""
     if array.dtype.name not in _ITEM_BYTES:
         raise WireError(field, f"dtype {array.dtype.name} cannot travel; one of {', '.join(_ITEM_BYTES)} can")
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
 
 
-def _bytes(array: Array) -> memoryview:
+def raw_bytes(array: Array) -> memoryview:
     """The bytes of a `_plain` array, not copied."""
     return array.reshape(-1).view(np.uint8).data
 
@@ -233,9 +236,9 @@ def load_tensors(body: bytes, *, finite: bool = True) -> Tensors:
         dtype = _SAFETENSORS_DTYPES.get(view["dtype"])
         if dtype is None:
             raise WireError(name, f"dtype {view['dtype']} is not one of {', '.join(_SAFETENSORS_DTYPES)}")
-        _size(name, dtype, view["shape"])
+        byte_size(name, dtype, view["shape"])
         data = view["data"]  # a bytearray of its own, or bytes in older versions
-        array = _from_bytes(name, dtype, view["shape"], data if isinstance(data, bytearray) else bytearray(data))
+        array = from_bytes(name, dtype, view["shape"], data if isinstance(data, bytearray) else bytearray(data))
         arrays[name] = check_finite(name, array) if finite else array
     return Tensors(arrays, metadata)
 
@@ -250,7 +253,7 @@ def dump_tensors(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> by
 
 def tensor_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
     """The same file in parts, the arrays' own memory wherever that is possible."""
-    plain = {name: _plain(name, array) for name, array in arrays.items()}
+    plain = {name: plain_array(name, array) for name, array in arrays.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     data: list[memoryview] = []
     end = 0
@@ -259,7 +262,7 @@ def tensor_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> li
         start, end = end, end + array.nbytes
         dtype = _SAFETENSORS_NAMES[array.dtype.name]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
-        data.append(_bytes(array))
+        data.append(raw_bytes(array))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return [struct.pack("<Q", len(text)) + text, *data]
@@ -270,9 +273,9 @@ def digest(arrays: Mapping[str, Array]) -> str:
     its bytes. Raises WireError naming the array whose dtype cannot travel."""
     hashed = hashlib.sha256()
     for name in sorted(arrays):
-        array = _plain(name, arrays[name])
+        array = plain_array(name, arrays[name])
         hashed.update(f"{name} {array.dtype.name} {','.join(map(str, array.shape))}\n".encode())
-        hashed.update(_bytes(array))
+        hashed.update(raw_bytes(array))
     return f"sha256:{hashed.hexdigest()}"
 
 

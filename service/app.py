@@ -16,7 +16,20 @@ from service.lifecycle import Load, Service
 from service.limits import RequestRate
 from service.logs import RequestLog
 from service.metrics import Exposition
-from service.routes import admin, batch, events, generation, health, inference, metrics, models, openai, past, sessions
+from service.routes import (
+    admin,
+    batch,
+    events,
+    generation,
+    health,
+    inference,
+    metrics,
+    models,
+    oip,
+    openai,
+    past,
+    sessions,
+)
 from service.settings import Settings, SettingsError
 from service.traffic import Traffic
 
@@ -46,7 +59,7 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
     app.state.service = Service(load, settings)
     app.state.traffic = Traffic()
     app.state.exposition = Exposition(app.state.service, app.state.traffic)
-    for routes in (inference, batch, generation, sessions, past, events, models, openai, admin, health, metrics):
+    for routes in (inference, batch, generation, sessions, past, events, models, oip, openai, admin, health, metrics):
         app.include_router(routes.router)
     add_handlers(app)
     openapi.install(app, PUBLIC)

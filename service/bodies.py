@@ -1,8 +1,10 @@
 """What comes in as a request's body: in time, in pieces that are worth it, unpacked. One layer before every route, so
-that a route that is yet to be written has it too. How long a body may be, each route says of what it unpacks to.
+that a route that is yet to be written has it too. How long a body may be, each route says of what it unpacks to. What
+goes out packed is packed here as well.
 """
 
 import asyncio
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -70,6 +72,25 @@ class Pieces:
         self._size += len(message.get("body", b""))
         check_pieces(self._pieces, self._size)
         return message
+
+
+def packed(body: bytes, coding: str) -> bytes:
+    """The inverse of what `Unpacked` does. Lightly: tensors give little, however long one tries."""
+    deflater = zlib.compressobj(1, wbits=CODINGS[coding])
+    return deflater.compress(body) + deflater.flush()
+
+
+def coding_asked(accept: str) -> str | None:
+    """What an Accept-Encoding asks for: a coding that it names alone. Libraries name by themselves all that they can
+    read; that asks for nothing, and costs more than it gives."""
+    named = [name for part in accept.split(",") if (name := _coding(part)) not in ("", "identity")]
+    return named[0] if len(named) == 1 and named[0] in CODINGS else None
+
+
+def _coding(part: str) -> str:
+    """Of one entry; "" where its weight refuses it."""
+    name, *weights = [word.strip().lower() for word in part.split(";")]
+    return "" if any(re.fullmatch(r"q=0(\.0*)?", weight) for weight in weights) else name
 
 
 def check_pieces(pieces: int, size: int) -> None:

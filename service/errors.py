@@ -1,6 +1,7 @@
 """From what went wrong to a status and a body. One table for the engine's errors, one body for everybody.
 
-Every error is an RFC 9457 problem that carries OpenAI's `error` object too, so that both kinds of client can read it.
+Every error is an RFC 9457 problem that carries OpenAI's `error` object too, so that both kinds of client can read it;
+below /v2 it is what the Open Inference Protocol's clients read, `{"error": "..."}`.
 """
 
 import math
@@ -33,8 +34,9 @@ from engine.errors import (
     SessionNotFound,
     WrongState,
 )
+from keypast.oip import Refusal
 from keypast.schemas import Code, ErrorBody, Problem
-from keypast.wire import MalformedError, UnsupportedMediaError, WireError, etag, validation_error
+from keypast.wire import JSON_TYPE, MalformedError, UnsupportedMediaError, WireError, etag, validation_error
 
 PROBLEM_TYPE = "application/problem+json"
 STOPPED_RETRY_AFTER = 1.0  # seconds: another replica, or this one restarted, may take it
@@ -125,6 +127,8 @@ def problem_response(request: Request, error: Exception) -> Response:
         headers["Connection"] = "close"  # the rest of the body is not read
     if problem.status == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_allowed(request))
+    if request.scope["path"] == "/v2" or request.scope["path"].startswith("/v2/"):
+        return Response(Refusal(error=problem.detail).model_dump_json(), problem.status, headers, JSON_TYPE)
     return Response(problem.model_dump_json(exclude_none=True), problem.status, headers, PROBLEM_TYPE)
 
 

@@ -9,8 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from keypast import openai_schemas, schemas
-from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, SAFETENSORS_TYPE
+from keypast import oip, openai_schemas, schemas
+from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from service.errors import PROBLEM_TYPE
 
 Documented = dict[int | str, dict[str, Any]]
@@ -106,6 +106,12 @@ PAST = BINARY | {
 }
 
 
+TENSORS = BINARY | {
+    "description": f"JSON, `{oip.HEADER}` bytes long, then the bytes of the tensors that have `parameters.{oip.SIZE}`, "
+    "in their order."
+}
+
+
 def ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _REFS + model.__name__}
 
@@ -117,6 +123,13 @@ def reply(model: type[BaseModel], description: str, headers: dict[str, Any] | No
 def problems(*statuses: int) -> Documented:
     """These, and one entry for all others."""
     content = {PROBLEM_TYPE: {"schema": ref(schemas.Problem)}}
+    named: Documented = {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
+    return {**named, "default": {"description": "Any other refusal.", "content": content}}
+
+
+def refusals(*statuses: int) -> Documented:
+    """As `problems`, in the Open Inference Protocol's words."""
+    content = {JSON_TYPE: {"schema": ref(oip.Refusal)}}
     named: Documented = {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
     return {**named, "default": {"description": "Any other refusal.", "content": content}}
 
@@ -161,6 +174,20 @@ def batch_reply() -> dict[str, Any]:
     return document
 
 
+def infer_request() -> dict[str, Any]:
+    document = json_request(oip.InferRequest)
+    document["requestBody"]["content"][OCTETS_TYPE] = {"schema": TENSORS}
+    size = {"description": "Bytes of JSON that the body begins with, where tensors' bytes follow."}
+    header = {"name": oip.HEADER, "in": "header", "required": False, "schema": {"type": "integer"}, **size}
+    return {**document, "parameters": [*GUARDS, header]}
+
+
+def infer_reply() -> dict[str, Any]:
+    document = reply(oip.InferReply, "The outputs.", APPEND_HEADERS)
+    document["content"][OCTETS_TYPE] = {"schema": TENSORS}
+    return document
+
+
 def past_request() -> dict[str, Any]:
     content = {SAFETENSORS_TYPE: {"schema": PAST}}
     return {"requestBody": {"required": True, "content": content}, "parameters": GUARDS}
@@ -198,7 +225,7 @@ def install(app: FastAPI, public: Iterable[str]) -> None:
 def _wire_schemas() -> dict[str, Any]:
     models = [
         model
-        for module in (schemas, openai_schemas)
+        for module in (schemas, openai_schemas, oip)
         for _, model in inspect.getmembers(module, inspect.isclass)
         if issubclass(model, BaseModel) and model.__module__ == module.__name__
     ]

@@ -138,6 +138,9 @@ class Settings(BaseSettings):
     )
     max_choices: int = Field(default=128, ge=1, description="replies of one OpenAI request: prompts times n")
     max_streams: int = Field(default=256, ge=1, description="streams of OpenAI requests that a tenant may have open")
+    sequence_seconds: float = Field(
+        default=600.0, gt=0, description="a sequence of the inference protocol that is not used for so long ends"
+    )
 
     max_batch_items: int = Field(default=256, ge=1, le=512, description="steps of one batch request")
 

@@ -26,7 +26,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "engine.books engine.engine": ("L5", "L0 L1 L2"),
     "engine.loading": ("L6", "L0 L1 L3 L4"),
     "engine.team": ("L7", "L0 L1 L3 L4 L6"),
-    "keypast.schemas keypast.openai_schemas keypast.wire keypast.past keypast.batch keypast.keys": ("S0", ""),
+    "keypast.schemas keypast.openai_schemas keypast.wire keypast.oip keypast.past keypast.batch keypast.keys": (
+        "S0",
+        "",
+    ),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs service.watching service.once"
     " service.bodies service.traffic": (

@@ -95,7 +95,7 @@ def _read(
 
 
 def append_of(
-    service: Service, session_id: str, tenant: str, expected: int | None, once: Once, read: AppendBody
+    service: Service, session_id: str, tenant: str, expected: int | None, once: Once | None, read: AppendBody
 ) -> tuple[Append, TextModel | None]:
     """The operation, and what its text needs if it has any.
 
@@ -111,7 +111,7 @@ def append_of(
         text = service.text_model(session.model)
         spoken = asked.text is not None or asked.messages is not None
         # what was done already is not read again: its text was said to the session as it was then
-        if spoken and not service.engine.recalls(session_id, tenant, once, expected):
+        if spoken and not (once and service.engine.recalls(session_id, tenant, once, expected)):
             rows = encode_rows(asked, session, text)
             inputs["token_ids"] = pad(rows)
             if len(set(map(len, rows))) > 1:

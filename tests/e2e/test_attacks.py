@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ ADMIN_KEY, ADMIN = new_key("ops", "admin")
 OVER_KEY, OVER = new_key("alice", days=-1)
 GROWTH = 64  # MiB that an attack may take while it lasts
 PARSED = 40  # times its size that JSON of nothing but short values takes when it is parsed
-LEAKS = re.compile(r"Traceback|/work|/usr|/home|0x[0-9a-f]{6}|site-packages|\.py\b|pydantic|<class|object at")
+LEAKS = re.compile(r"Traceback|/work|/usr|/home|0x[0-9a-f]{6}|site-packages|\.py\b|pydantic|<class|object at 0x")
 JSON = "application/json"
 
 
@@ -242,21 +242,28 @@ WIRE: dict[str, tuple[Raw, int, str]] = {
 }
 
 
-def withstands(target: Target, parts: Iterable[bytes], status: int, code: str, growth: int = GROWTH) -> dict[str, Any]:
-    """The problem that it is answered with; all that must hold of any attack."""
+@contextmanager
+def unharmed(target: Target, growth: int = GROWTH) -> Iterator[None]:
+    """All that must hold after any attack, whatever it is answered."""
     before = [target.client.get(path).json()["version"] for path in (target.decoder, target.attention)]
     resident = target.memory("VmRSS")
     target.forget_peak()
-    answered, media, body = exchange(target.address, parts)
+    yield
+    for path, version in zip((target.decoder, target.attention), before, strict=True):
+        after = target.client.get(path).json()
+        assert (after["version"], after["state"], after["valid_length"]) == (version, "idle", [3])
+    assert target.memory("VmHWM") - resident < growth
+
+
+def withstands(target: Target, parts: Iterable[bytes], status: int, code: str, growth: int = GROWTH) -> dict[str, Any]:
+    """The problem that it is answered with."""
+    with unharmed(target, growth):
+        answered, media, body = exchange(target.address, parts)
     assert (answered, media) == (status, "application/problem+json"), body[:500]
     problem: dict[str, Any] = json.loads(body)
     assert problem["code"] == code, problem
     assert not LEAKS.search(body.decode()), body
     assert len(body) < 2000
-    for path, version in zip((target.decoder, target.attention), before, strict=True):
-        after = target.client.get(path).json()
-        assert (after["version"], after["state"], after["valid_length"]) == (version, "idle", [3])
-    assert target.memory("VmHWM") - resident < growth
     return problem
 
 
@@ -404,6 +411,128 @@ def test_safetensors(target: Target, verb: str, body: bytes) -> None:
     assert len(reply) < 2000
     assert target.memory("VmHWM") - resident < GROWTH
     assert target.client.get(target.attention).json()["version"] == 1
+
+
+# ---- the Open Inference Protocol -------------------------------------------------------------------------------------
+
+QUERY = {"name": "query", "datatype": "FP32", "shape": [1, 1, 4], "parameters": {"binary_data_size": 16}}
+OTHERS = [QUERY | {"name": name} for name in ("key", "value")]
+MASK = {"name": "attention_mask", "datatype": "BOOL", "shape": [1, 1, 1], "data": [True]}
+
+
+def infer(query: object, tail: bytes = bytes(16), header: object = None, *more: str, **fields: Any) -> list[bytes]:
+    """The query as it is said, and zeros for the rest."""
+    text = json.dumps({"inputs": [query, *OTHERS, MASK], **fields}).encode()
+    size = f"inference-header-content-length: {len(text) if header is None else header}"
+    return request("/v2/models/echo/infer", text + tail + bytes(32), "application/octet-stream", size, *more)
+
+
+def said(**fields: Any) -> dict[str, Any]:
+    return QUERY | fields
+
+
+def sized(size: object) -> dict[str, Any]:
+    return said(parameters={"binary_data_size": size})
+
+
+def in_json(body: bytes, model: str = "echo") -> list[bytes]:
+    return request(f"/v2/models/{model}/infer", body)
+
+
+V2: dict[str, tuple[list[bytes], int]] = {
+    "a byte short": (infer(QUERY, bytes(15)), 400),
+    "a byte long": (infer(QUERY, bytes(17)), 400),
+    "a size off by one": (infer(sized(17), bytes(17)), 422),
+    "a size of the next one's bytes": (infer(sized(32), b""), 400),
+    "a size of -16": (infer(sized(-16)), 422),
+    "a size of 2^62": (infer(sized(2**62)), 400),
+    "a size of 2^64 + 16": (infer(sized(2**64 + 16)), 422),
+    "a size of 4,000 digits": (infer(sized(int("9" * 4000))), 422),
+    "a size that is a text": (infer(sized("16")), 422),
+    "a negative dimension": (infer(said(shape=[-1, -1, 4])), 422),
+    "a dimension of 2^64": (infer(said(shape=[2**64, 1, 4])), 422),
+    "a product that wraps to 4": (infer(said(shape=[2**30, 2**30, 16 + 4])), 422),
+    "a product of 2^62 with its size": (infer(said(shape=[2**30, 2**30], parameters={"binary_data_size": 2**62})), 400),
+    "a zero that hides a product": (infer(sized(0) | {"shape": [0, 2**30, 2**30, 2**30]}, b""), 422),
+    "a million axes": (
+        in_json(b'{"inputs":[{"name":"query","datatype":"FP32","shape":[1%s]}]}' % (b",1" * MILLION)),
+        422,
+    ),
+    "a header of 0": (infer(QUERY, header=0), 400),
+    "a header of 1 more than the body": (infer(QUERY, header=100_000), 400),
+    "a header of a byte less": (infer(QUERY, header=len(json.dumps({"inputs": [QUERY, *OTHERS, MASK]})) - 1), 400),
+    "a header of -1": (infer(QUERY, header=-1), 400),
+    "a header of 2^64": (infer(QUERY, header=2**64), 400),
+    "a header of 2^58": (infer(QUERY, header=2**58), 413),
+    "a header that is none": (infer(QUERY, header="0x10"), 400),
+    "two headers": (infer(QUERY, bytes(16), None, "inference-header-content-length: 1"), 400),
+    "named twice": (infer(QUERY | {"name": "key"}), 422),
+    "a million names": (in_json(b'{"inputs":[{%s"name":"query"}]}' % (b'"a":1,' * 600_000)), 400),
+    "a million inputs": (in_json(b'{"inputs":[{}%s]}' % (b",{}" * MILLION)), 422),
+    "a million outputs": (infer(QUERY, outputs=[{"name": "attn_out"}] * 50_000), 422),
+    "a million parameters": (infer(QUERY, parameters={f"a{at}": 1 for at in range(50_000)}), 422),
+    "depth": (in_json(b'{"inputs":' + b"[" * 100_000), 400),
+    "depth of data": (in_json(b'{"inputs":[{"data":' + b"[" * 100_000 + b"]" * 100_000 + b"}]}"), 400),
+    "a million empty lists": (
+        in_json(b'{"inputs":[{"name":"query","datatype":"FP32","shape":[1],"data":[[]%s]}]}' % (b",[]" * MILLION)),
+        422,
+    ),
+    "a string of 4 GB": (
+        request(
+            "/v2/models/letters/infer",
+            (
+                text := json.dumps(
+                    {
+                        "inputs": [
+                            {"name": "text", "datatype": "BYTES", "shape": [1], "parameters": {"binary_data_size": 5}}
+                        ]
+                    }
+                ).encode()
+            )
+            + b"\xff\xff\xff\xffa",
+            "application/octet-stream",
+            f"inference-header-content-length: {len(text)}",
+        ),
+        422,
+    ),
+    "2^30 strings": (
+        in_json(b'{"inputs":[{"name":"text","datatype":"BYTES","shape":[1073741824],"data":[]}]}', "letters"),
+        422,
+    ),
+    "a past of 2^60": (
+        infer(QUERY | {"name": "key_past", "shape": [2**30, 1, 4, 2**28], "parameters": {"binary_data_size": 16}}),
+        422,
+    ),
+    "shared memory": (infer(said(parameters={"shared_memory_region": "/dev/shm/x"})), 422),
+    "a model with a path": (request("/v2/models/..%2f..%2fetc%2fpasswd/infer", b"{}"), 404),
+    "a version with a path": (request("/v2/models/echo/versions/..%2f1/infer", b"{}"), 404),
+    "a sequence of 64 KB": (infer(QUERY, parameters={"sequence_id": "a" * 65_536, "sequence_start": True}), 422),
+    "a sequence of 2^64": (infer(QUERY, parameters={"sequence_id": 2**64, "sequence_start": True}), 422),
+    "pickle": (request("/v2/models/echo/infer", pickle.dumps({"query": [1.0]})), 400),
+    "a bomb": (
+        request(
+            "/v2/models/echo/infer",
+            gzip.compress(bytes(100 << 20)),
+            "application/octet-stream",
+            "content-encoding: gzip",
+            "inference-header-content-length: 1000",
+        ),
+        413,
+    ),
+    "no key": ([head("POST", "/v2/models/echo/infer", "content-length: 0", key=None)], 401),
+}
+
+
+@pytest.mark.parametrize(("parts", "status"), V2.values(), ids=V2.keys())
+def test_inference(target: Target, parts: list[bytes], status: int) -> None:
+    open_now = len(target.client.get("/v1/sessions").json()["data"])
+    with unharmed(target, GROWTH + (PARSED * sum(map(len, parts)) >> 20)):
+        answered, media, body = exchange(target.address, parts)
+    assert (answered, media) == (status, "application/json"), body[:500]
+    assert list(json.loads(body)) == ["error"]
+    assert not LEAKS.search(body.decode()), body
+    assert len(body) < 2000
+    assert len(target.client.get("/v1/sessions").json()["data"]) == open_now
 
 
 # ---- ids and keys ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Match
 
 from keypast.keys import KeyRecord, KeysError, new_key, write_keys
+from keypast.wire import JSON_TYPE
 from service.app import create_app
 from service.auth import ANYBODY, LOOK_EVERY, PUBLIC, KeyRing
 from service.errors import METHODS, PROBLEM_TYPE, Unauthorized
@@ -63,7 +64,8 @@ async def test_every_route_asks_for_a_key(guarded: Running) -> None:
         if path in PUBLIC:
             assert reply.status_code == 200, path
         else:
-            assert (reply.status_code, reply.headers["content-type"]) == (401, PROBLEM_TYPE), path
+            media = JSON_TYPE if path.startswith("/v2") else PROBLEM_TYPE
+            assert (reply.status_code, reply.headers["content-type"]) == (401, media), path
             assert reply.headers["www-authenticate"] == 'Bearer realm="keypast"'
 
 
