@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     told = subprocess.run([options.llama_server, "--version"], capture_output=True, text=True, check=True)
-    version = " ".join((told.stdout + told.stderr).split("\n")[0].split()[:3])
+    version = (told.stdout + told.stderr).split()[1]
     results: list[Pairs] = []
     print(HEADER)
     with asyncio.Runner() as runner:
