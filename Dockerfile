@@ -38,7 +38,7 @@ RUN mkdir -p /opt/keypast/models && if [ "$MODEL" = default ]; then \
     python -c "import pathlib, shutil, tempfile; from engine.checkpoints import gguf; \
     cache = pathlib.Path(tempfile.mkdtemp()); \
     shutil.move(gguf.convert(gguf.default_model(cache, print), cache, print), '/opt/keypast/models/smollm2-135m')"; fi \
-    && rm -rf /tmp/*
+    && rm -rf /tmp/* && chmod -R a+rX /opt/keypast
 
 
 FROM docker.io/library/python:3.11-slim-bookworm

@@ -298,7 +298,7 @@ def file_digest(path: Path, cache_dir: Path | None = None) -> str:
     stat = path.stat()
     state = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     kept = cache_dir / "digests" / hashlib.sha256(state.encode()).hexdigest()
-    if kept.exists():
+    with contextlib.suppress(OSError):  # it is not there, or another user's
         digest = kept.read_text()
         if re.fullmatch("[0-9a-f]{64}", digest):
             return digest

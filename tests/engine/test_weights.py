@@ -328,6 +328,16 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path: Path) -> No
     assert file_digest(file, cache) == file_digest(file)
 
 
+def test_a_digest_that_cannot_be_read_is_worked_out(tmp_path: Path) -> None:
+    file, cache = tmp_path / "file", tmp_path / "cache"
+    file.write_bytes(b"abc")
+    digest = file_digest(file, cache)
+    (kept,) = (cache / "digests").iterdir()
+    kept.unlink()
+    kept.mkdir()
+    assert file_digest(file, cache) == digest
+
+
 def test_the_hub_is_asked_for_safe_files_only(tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 
