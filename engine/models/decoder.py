@@ -177,7 +177,7 @@ class DecoderModel(nn.Module):
                 results[index].once["next_token"] = token
                 if rows[index].work.want.logprob:
                     own = logits[index]
-                    results[index].once["logprob"] = float(own[token] - own.logsumexp(-1))
+                    results[index].once["logprob"] = float(torch.log_softmax(own, -1)[token])
         for row, own, result in zip(rows, logits, results, strict=True):
             if row.work.want.logits == "last":
                 result.once["logits"] = own.cpu().numpy()

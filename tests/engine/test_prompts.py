@@ -6,12 +6,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.batch import Generate, Once, Truncate
+from engine.blocks import blocks_for
 from engine.config import EngineConfig, Quota
-from engine.errors import InvalidInput, LengthExceeded, ModelFailed, SessionNotFound, WrongState
+from engine.errors import (
+    InvalidInput,
+    LengthExceeded,
+    ModelFailed,
+    PoolExhausted,
+    QuotaExceeded,
+    SessionNotFound,
+    WrongState,
+)
 from engine.prefix import longest_prefix
 from tests.engine.houses import Decoders, refusal
 from tests.fakes import next_token
@@ -240,3 +250,89 @@ def test_one_that_runs_or_has_nothing_is_not_kept(house: Decoders) -> None:
     house.run()
     house.engine.end_session(running, A, keep=True)  # gone already
     assert like(house, list(range(20)))[1] == 0
+
+
+PROMPTS = st.lists(st.integers(1, 2), max_size=14)
+
+
+class Prompts(RuleBasedStateMachine):
+    """Sessions that begin as others do, end, and are kept, in a pool often too small. What each is given is what
+    its own ids make, and nobody waits for blocks that are only kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.house = Decoders(blocks=12, zero_freed=True, quotas={B: Quota(blocks=7)})
+        self.known: dict[str, tuple[str, list[int]]] = {}  # tenant and ids
+
+    @rule(tenant=st.sampled_from([A, B]), ids=PROMPTS.filter(bool), tokens=st.integers(1, 6))
+    def ask(self, tenant: str, ids: list[int], tokens: int) -> None:
+        session, had = like(self.house, ids, tenant)
+        self.known[session] = tenant, ids[:had]
+        assert had < len(ids)
+        self.go_on(session, ids[had:], tokens)
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), ids=PROMPTS, tokens=st.integers(1, 6))
+    def ask_again(self, data: st.DataObject, ids: list[int], tokens: int) -> None:
+        session = data.draw(st.sampled_from(list(self.known)))
+        if ids or self.known[session][1]:
+            self.go_on(session, ids, tokens)
+
+    def go_on(self, session: str, ids: list[int], tokens: int) -> None:
+        tenant, before = self.known[session]
+        whole = [*before, *ids]
+        inputs = {"token_ids": np.array([ids], dtype=np.int64)} if ids else {}
+        operation = Generate(session, tokens, tenant, inputs=inputs)
+        self.house.engine.submit(operation)
+        self.house.run()
+        if not operation.future.done():  # there are no blocks: nothing that is kept stands in its way
+            info = self.house.engine.session(session, tenant)
+            (length,), there = info.valid_length, blocks_for(len(before), 4)
+            needed = 1 if length > len(before) else blocks_for(len(whole), 4) - there + 1
+            assert self.house.engine.capacity(tenant).models[0].available < needed
+            self.house.later(10)
+            self.house.run()
+        error = operation.future.exception(0)
+        length = self.house.engine.session(session, tenant).valid_length[0]
+        made = [*whole, *after(whole, tokens)]
+        if error is None:
+            assert length == len(made)
+        else:
+            assert type(error) in (PoolExhausted, QuotaExceeded, LengthExceeded)
+            assert length == len(before) or len(whole) < length < len(made)
+        self.known[session] = tenant, made[:length]
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), how=st.sampled_from(["keep", "end", "delete"]))
+    def end(self, data: st.DataObject, how: str) -> None:
+        session = data.draw(st.sampled_from(list(self.known)))
+        tenant, _ = self.known.pop(session)
+        if how == "delete":
+            self.house.engine.delete_session(session, tenant)
+        else:
+            self.house.engine.end_session(session, tenant, keep=how == "keep")
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), how=st.sampled_from(["cut", "fork"]))
+    def change(self, data: st.DataObject, how: str) -> None:
+        session = data.draw(st.sampled_from(list(self.known)))
+        tenant, ids = self.known[session]
+        at = data.draw(st.integers(0, len(ids)))
+        if how == "cut":
+            self.house.engine.submit(Truncate(session, at, tenant))
+            self.known[session] = tenant, ids[:at]
+        else:
+            (child,) = self.house.engine.fork(session, tenant=tenant, at=at)
+            self.known[child.id] = tenant, ids[:at]
+
+    @invariant()
+    def is_whole(self) -> None:
+        self.house.run()
+        self.house.check()
+        if not self.known:
+            assert self.house.free() == self.house.engine.capacity().models[0].available == 12
+            assert self.house.engine.capacity(B).models[0].available == 7
+
+
+TestPrompts = Prompts.TestCase
+TestPrompts.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -1,6 +1,7 @@
 """What OpenAI's clients are answered: completions, chats, tokens; on sessions that are theirs, or gone afterwards."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -247,6 +248,39 @@ async def test_a_reader_who_leaves_leaves_nothing(running: Running, streamed: bo
         assert running.fakes.engine.sessions() == [], "even while the model runs"
         running.fakes.decoder.gate.set()
         await until(lambda: running.state() == before)
+
+
+async def test_many_at_once_some_of_whom_leave(start: Start) -> None:
+    running = await start(blocks=500)
+    before = running.state()
+    requests = []
+    for i in range(40):
+        body = {
+            "prompt": "abcdefgh"[: 1 + i % 8],
+            "max_tokens": 12,
+            "n": 1 + i % 3,
+            "stream": i % 2 == 0,
+            "temperature": 0,
+        }
+        requests.append(RawRequest(running.app, "/v1/completions", body))
+        await asyncio.sleep(0.002)
+        if i % 5 == 4:
+            requests[i - 2].leave()
+    for i, request in enumerate(requests):
+        await request.task
+        if i % 5 == 2:
+            continue
+        assert request.status == 200
+        told = request.body.decode()
+        if i % 2 == 0:
+            parts = [choice for event in event_data(told)[:-1] for choice in event["choices"]]
+        else:
+            parts = json.loads(told)["choices"]
+        for choice in range(1 + i % 3):
+            first = ord("a") + 1 + i % 8
+            text = "".join(part["text"] for part in parts if part["index"] == choice)
+            assert text == "".join(map(chr, range(first, first + 12)))
+    await until(lambda: running.state() == before)
 
 
 async def test_a_refusal_midway_leaves_nothing(start: Start) -> None:
