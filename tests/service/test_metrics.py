@@ -350,6 +350,9 @@ async def garbage(running: Running, word: str) -> None:
     for path in (f"/{word}", f"/v1/sessions/{word}", f"/v1/sessions/{word}/step", f"/v1/sessions/{word}/{word}"):
         for method in ("GET", "POST", word.upper()):
             await client.request(method, path, headers={"x-request-id": word, "idempotency-key": word})
+    for path in (f"/v2/models/{word}", f"/v2/models/{word}/versions/{word}/infer", f"/v2/models/letters/{word}"):
+        await client.request("POST" if path.endswith("infer") else "GET", path, content=b"{}")
+    await client.post("/v1/completions", json={"model": word, "prompt": word, "user": word})
     await client.post("/v1/sessions", json={"model": word, "labels": {word: word}})
     await running.session("letters", id=word, labels={word: word})
 
