@@ -1,7 +1,8 @@
 """Requests of the Open Inference Protocol by hand, and their replies."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import httpx
@@ -9,7 +10,10 @@ import numpy as np
 
 from keypast.oip import DATATYPES, HEADER
 from keypast.wire import Array
+from service.app import create_app
+from service.settings import Settings
 from tests.service.conftest import Running
+from tests.service.fakes import Fakes
 
 
 class Told(NamedTuple):
@@ -101,3 +105,15 @@ def refused(reply: httpx.Response, status: int, *words: str) -> str:
 def sequence(given: int | str, *, start: bool = False, end: bool = False, **more: Any) -> dict[str, Any]:
     named = {"sequence_id": given, "sequence_start": start, "sequence_end": end, "binary_data_output": True}
     return {"parameters": named | more}
+
+
+@asynccontextmanager
+async def served() -> AsyncIterator[Running]:
+    """A service of its own for each example."""
+    fakes = Fakes.build()
+    app = create_app(lambda progress: fakes.loaded(), Settings(drain_seconds=1.0))
+    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://k")
+    async with app.router.lifespan_context(app), client:
+        await app.state.service.loaded()
+        yield Running(app, client, fakes)
+    fakes.engine.check()

@@ -2,16 +2,18 @@
 
 import asyncio
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keypast.oip import EXTENSIONS
 from keypast.wire import SAFETENSORS_TYPE, Array, dump_tensors, load_tensors
 from tests.service.conftest import Running, Start, until
 from tests.service.fakes import KINDS, H, Kind
-from tests.service.inference import asked, post, refused, sequence, told
+from tests.service.inference import asked, post, refused, sequence, served, told
 from tests.service.raw_client import RawRequest
 from tests.service.tenants import KEYS, as_tenant
 
@@ -131,15 +133,15 @@ async def native(running: Running, kind: Kind, session: str, verb: str, arrays: 
     return load_tensors(reply.content).arrays
 
 
-@pytest.mark.parametrize("given", [7, 2**64 - 1, "7", "a/../b \u00e9"])
+@pytest.mark.parametrize("name", [7, 2**64 - 1, "7", "a/../b \u00e9"])
 @pytest.mark.parametrize("binary", [True, False])
-async def test_a_sequence_is_a_session(running: Running, kind: Kind, given: int | str, binary: bool) -> None:
+async def test_a_sequence_is_a_session(running: Running, kind: Kind, name: int | str, binary: bool) -> None:
     """Prefill, two steps, the last of which ends it: the native API's numbers, to the bit."""
     twin = await running.session(kind)
     for at, n in enumerate((3, 1, 1)):
         past = (0, 3, 4)[at]
         arrays = kind.inputs(n, past, 1, False)
-        asks = sequence(given, start=at == 0, end=at == 2, binary_data_output=binary)
+        asks = sequence(name, start=at == 0, end=at == 2, binary_data_output=binary)
         answer = told(await post(running, kind.model, arrays, binary=binary, id=f"r{at}", **asks))
         expected = await native(running, kind, twin, "step" if at else "prefill", arrays)
         output = answer.outputs[OUTPUT[kind.model]]
@@ -149,21 +151,28 @@ async def test_a_sequence_is_a_session(running: Running, kind: Kind, given: int 
             kind.model,
             "1",
         )
-        assert answer.head["parameters"] == {"sequence_id": given, "version": at + 1}
+        assert answer.head["parameters"] == {"sequence_id": name, "version": at + 1}
         assert answer.reply.headers["keypast-valid-length"] == str(past + n)
         if at < 2:
             own = next(session for session in await sessions(running) if session["id"] != twin)
-            assert (own["valid_length"], own["labels"]) == ([past + n], {"sequence_id": str(given)})
+            assert (own["valid_length"], own["labels"]) == ([past + n], {"sequence_id": str(name)})
             assert own["ttl_seconds"] == 600
     assert [session["id"] for session in await sessions(running)] == [twin]
 
 
 async def test_a_number_and_a_text_are_two_sequences(running: Running, kind: Kind) -> None:
     first = kind.inputs(2, 0, 1, False)
-    for given in (5, "5"):
-        told(await post(running, kind.model, first, **sequence(given, start=True)))
+    for name in (5, "5"):
+        told(await post(running, kind.model, first, **sequence(name, start=True)))
     told(await post(running, kind.model, kind.inputs(1, 2, 1, False), **sequence("5")))
     assert sorted(session["valid_length"][0] for session in await sessions(running)) == [2, 3]
+
+
+async def test_each_model_has_its_own_sequences(running: Running) -> None:
+    for kind, n in ((DECODER, 2), (ATTENTION, 3)):
+        told(await post(running, kind.model, kind.inputs(n, 0, 1, False), **sequence(5, start=True)))
+    lengths = {session["model"]: session["valid_length"] for session in await sessions(running)}
+    assert lengths == {"letters": [2], "echo": [3]}
 
 
 async def test_without_a_start_there_is_no_sequence(running: Running, kind: Kind) -> None:
@@ -246,6 +255,64 @@ async def test_a_reader_who_leaves_before_the_start_leaves_nothing(running: Runn
     assert (await first).status_code == 200
     await until(lambda: running.fakes.engine.idle)
     assert [session["id"] for session in await sessions(running)] == [held]
+
+
+async def test_of_two_starts_with_an_id_the_later_is_the_sequence(running: Running, kind: Kind) -> None:
+    """The earlier ends while it runs, and takes nothing along."""
+    runner, first = running.fakes.runner(kind), kind.inputs(2, 0, 1, False)
+    runner.gate.clear()
+    earlier = asyncio.create_task(post(running, kind.model, first, **sequence(5, start=True, end=True)))
+    await until(runner.entered.is_set)
+    later = asyncio.create_task(post(running, kind.model, kind.inputs(3, 0, 1, False), **sequence(5, start=True)))
+    refused(await earlier, 410, "deleted")
+    runner.gate.set()
+    told(await later)
+    assert [session["valid_length"] for session in await sessions(running)] == [[3]]
+
+
+async def test_a_sequence_that_nobody_uses_ends(start: Start, kind: Kind) -> None:
+    running = await start(settings={"sequence_seconds": 0.05})
+    told(await post(running, kind.model, kind.inputs(2, 0, 1, False), **sequence(5, start=True)))
+    await until(lambda: running.fakes.engine.sessions() == [])
+    refused(await post(running, kind.model, kind.inputs(1, 2, 1, False), **sequence(5)), 400, "expired")
+
+
+class Asks(NamedTuple):
+    given: int | str
+    start: bool
+    end: bool
+    n: int
+    poison: bool
+
+
+ASKS = st.builds(Asks, st.sampled_from([1, 2, "1"]), st.booleans(), st.booleans(), st.integers(1, 3), st.booleans())
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(sorted(KINDS)), st.lists(ASKS, min_size=1, max_size=12))
+def test_sequences_are_what_a_dict_of_lengths_says(name: str, asks: list[Asks]) -> None:
+    kind = KINDS[name]
+
+    async def run() -> None:
+        lengths: dict[int | str, int] = {}
+        async with served() as running:
+            for ask in asks:
+                past = 0 if ask.start else lengths.get(ask.given, 0)
+                arrays = kind.inputs(ask.n, past, 1, ask.poison)
+                reply = await post(running, kind.model, arrays, **sequence(ask.given, start=ask.start, end=ask.end))
+                if ask.start:
+                    lengths.pop(ask.given, None)
+                known = ask.start or ask.given in lengths
+                assert reply.status_code == (400 if not known else 500 if ask.poison else 200)
+                if known and not ask.poison:
+                    lengths[ask.given] = past + ask.n
+                    assert reply.headers["keypast-valid-length"] == str(past + ask.n)
+                    if ask.end:
+                        del lengths[ask.given]
+                there = [session["valid_length"][0] for session in await sessions(running)]
+                assert sorted(there) == sorted(lengths.values())
+
+    asyncio.run(run())
 
 
 PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -3,11 +3,9 @@
 import asyncio
 import gzip
 import zlib
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,12 +13,10 @@ from hypothesis import strategies as st
 
 from keypast.oip import HEADER, strings
 from keypast.wire import Array
-from service.app import create_app
 from service.bodies import coding_asked
-from service.settings import Settings
-from tests.service.conftest import Running
-from tests.service.fakes import KINDS, POISON, Fakes, H, Kind
-from tests.service.inference import asked, post, refused, sequence, told
+from tests.service.conftest import Running, until
+from tests.service.fakes import KINDS, POISON, H, Kind
+from tests.service.inference import asked, post, refused, sequence, served, told
 
 pytestmark = pytest.mark.anyio
 
@@ -215,17 +211,6 @@ async def test_queries_alone_ask_a_past(running: Running) -> None:
     assert outputs["key_present"].shape == (1, 1, H, 4)
 
 
-@asynccontextmanager
-async def served() -> AsyncIterator[Running]:
-    fakes = Fakes.build()
-    app = create_app(lambda progress: fakes.loaded(), Settings(drain_seconds=1.0))
-    client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://k")
-    async with app.router.lifespan_context(app), client:
-        await app.state.service.loaded()
-        yield Running(app, client, fakes)
-    fakes.engine.check()
-
-
 @settings(max_examples=8)
 @given(st.data())
 def test_any_cut_of_an_append_gives_the_same_present(data: st.DataObject) -> None:
@@ -295,3 +280,17 @@ async def test_a_call_that_fails_leaves_nothing(running: Running) -> None:
     poisoned = valued(1, POISON, 1, 2) | empty(1, 2)
     refused(await post(running, "echo", poisoned), 500)
     assert running.state() == before
+
+
+async def test_a_call_that_has_to_make_room_is_to_be_sent_again(running: Running) -> None:
+    """Its session went while it ran, as by an eviction."""
+    runner, engine = running.fakes.attention, running.fakes.engine
+    runner.gate.clear()
+    request = asyncio.create_task(post(running, "echo", valued(1, 1, 1, 2) | empty(1, 2)))
+    await until(runner.entered.is_set)
+    engine.delete_session(engine.sessions()[0].id)
+    runner.gate.set()
+    reply = await request
+    refused(reply, 429, "try again")
+    assert reply.headers["retry-after"] == "1"
+    assert engine.sessions() == []
