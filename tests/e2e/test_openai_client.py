@@ -107,6 +107,29 @@ def test_what_an_error_says(service: str, proxy: LosingProxy) -> None:
         assert (caught.value.status_code, caught.value.code) == (404, "session_not_found")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("named", [True, False], ids=["session", "stateless"])
+def test_a_conversation_of_the_real_model_is_computed_once(named: bool) -> None:
+    """Sent whole each time, as most clients do. What is computed are the words that are new."""
+    headers = {"X-Session-ID": "mine"} if named else {}
+    messages: Any = []
+    server = Server("service", models="smollm2-135m=default", kv_memory="256MiB")
+    with server, open_client(server.address()) as client:
+        before = 0
+        for question in ("What is the capital of France?", "And of Italy?", "Name a river there."):
+            messages.append({"role": "user", "content": question})
+            reply = client.chat.completions.create(
+                model="smollm2-135m", messages=messages, max_tokens=20, temperature=0, extra_headers=headers
+            )
+            messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+            usage = reply.usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            assert usage.prompt_tokens_details.cached_tokens == before
+            before = usage.total_tokens
+        assert "Paris" in messages[1]["content"]
+
+
 @pytest.mark.anyio
 async def test_async(service: str, proxy: LosingProxy, native: dict[str, str]) -> None:
     async with AsyncOpenAI(base_url=f"{proxy.address}/v1", api_key="none") as client:

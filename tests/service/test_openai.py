@@ -410,6 +410,24 @@ async def test_what_is_refused_is_refused_before_any_work(
     assert running.fakes.decoder.batches == []
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b'{"x": ' + b"[" * 5000, b'{"x": {' + b",".join(b'"%d": 1' % i for i in range(70_000)) + b"}}"],
+    ids=["none", "a list", "deep", "many names"],
+)
+async def test_what_is_not_looked_at_is_bounded_too(running: Running, path: str, body: bytes) -> None:
+    reply = await running.client.post(path, content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == (422 if body == b"[]" else 400)
+
+
+@pytest.mark.parametrize(("seed", "status"), [(2**63 - 1, 200), (-(2**63), 200), (10**400, 200), (1.5, 422)])
+async def test_any_whole_number_is_a_seed(running: Running, seed: float, status: int) -> None:
+    reply = await running.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "seed": seed})
+    assert reply.status_code == status
+    assert all(0 <= used < 2**63 for used in running.fakes.decoder.seeds)
+
+
 # Tokens
 
 
