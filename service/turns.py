@@ -79,7 +79,7 @@ class Asker:
     @property
     def _is_retry(self) -> bool:
         count = self._request.headers.get(RETRY_HEADER, "")
-        return count.isdecimal() and int(count) > 0
+        return count.isdecimal() and bool(count.strip("0"))  # as a number it may be longer than Python reads
 
     def _session(self, session_id: str) -> SessionInfo:
         engine = self._service.engine

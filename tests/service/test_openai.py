@@ -2,12 +2,22 @@
 
 import asyncio
 import json
+from random import Random
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from engine.config import Quota
-from keypast.openai_schemas import ChatChunk, ChatReply, CompletionReply
+from keypast.openai_schemas import (
+    ChatChunk,
+    ChatReply,
+    ChatRequest,
+    CompletionReply,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from tests.service.conftest import Running, Start, until
 from tests.service.fakes import END, POISON, event_data
 from tests.service.raw_client import RawRequest
@@ -421,11 +431,66 @@ async def test_what_is_not_looked_at_is_bounded_too(running: Running, path: str,
     assert reply.status_code == (422 if body == b"[]" else 400)
 
 
-@pytest.mark.parametrize(("seed", "status"), [(2**63 - 1, 200), (-(2**63), 200), (10**400, 200), (1.5, 422)])
-async def test_any_whole_number_is_a_seed(running: Running, seed: float, status: int) -> None:
-    reply = await running.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "seed": seed})
+@pytest.mark.parametrize(
+    ("seed", "status"),
+    [(str(2**63 - 1), 200), (str(-(2**63)), 200), ("1" + "0" * 400, 200), ("1" * 5000, 400), ("1.5", 422)],
+)
+async def test_any_whole_number_is_a_seed(running: Running, seed: str, status: int) -> None:
+    body = f'{{"prompt": "a", "max_tokens": 1, "seed": {seed}}}'
+    reply = await running.client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert reply.status_code == status
     assert all(0 <= used < 2**63 for used in running.fakes.decoder.seeds)
+
+
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        -1,
+        2**40,
+        1e300,
+        -0.0,
+        0.5,
+        "",
+        "a",
+        "é\ud800",
+        "<|in|>",
+        [],
+        [[]],
+        [1],
+        ["a", ["b"]],
+        {},
+    ),
+    *({"a": 1}, [{}], [None], [[1], [2, 300]], [{"role": "user", "content": "a"}], [{"role": "user"}]),
+    *([{"role": "assistant", "content": [{"type": "text", "text": "x"}]}], {"include_usage": 3}, {"type": "text"}),
+]
+
+
+async def test_nothing_that_a_field_may_hold_is_the_services_fault(running: Running) -> None:
+    random = Random(0)
+    models: dict[str, type[BaseModel]] = {
+        "/v1/completions": CompletionRequest,
+        "/v1/chat/completions": ChatRequest,
+        "/tokenize": TokenizeRequest,
+        "/detokenize": DetokenizeRequest,
+    }
+    before, seen = running.state(), set()
+    for _ in range(1200):
+        path, model = random.choice(list(models.items()))
+        names = random.choices(list(model.model_fields), k=random.randrange(4))
+        good: Body = {"prompt": "a"} if path in ("/v1/completions", "/tokenize") else {"tokens": [1]}
+        if path == "/v1/chat/completions":
+            good = {"messages": [{"role": "user", "content": "a"}]}
+        body = json.dumps(good | {"max_tokens": 2} | {name: random.choice(VALUES) for name in names})
+        reply = await running.client.post(path, content=body, headers={"content-type": "application/json"})
+        assert reply.status_code in (200, 400, 404, 422), (path, body, reply.text)
+        seen.add((path, reply.status_code))
+    assert {(path, status) for path in models for status in (200, 422)} <= seen
+    await until(lambda: running.state() == before)
 
 
 # Tokens

@@ -183,6 +183,17 @@ async def test_the_same_words_are_another_turn_unless_they_are_a_retry(running: 
     assert (await text_of(running, session_id)).count("yes") == 4, "not the last turn"
 
 
+@pytest.mark.parametrize(
+    ("count", "again"), [("1", True), ("9" * 5000, True), ("0", False), ("00", False), ("-1", False), ("x", False)]
+)
+async def test_what_says_that_it_is_a_retry(running: Running, count: str, again: bool) -> None:
+    session_id = await running.session("letters")
+    await turn(running, session_id, prompt="a")
+    reply = await turn(running, session_id, {"x-stainless-retry-count": count}, prompt="a")
+    assert ("idempotent-replayed" in reply.headers) == again
+    assert await text_of(running, session_id) == ("abcd" if again else "abcdabcd")
+
+
 async def test_a_key_stands_for_one_turn(running: Running) -> None:
     session_id = await running.session("letters")
     await turn(running, session_id, {"idempotency-key": "k"}, prompt="a")
