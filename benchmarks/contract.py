@@ -6,7 +6,8 @@
     guarantee   p99 of the steps of a tenant within its guarantee, while another with 63 connections and four times
                 the sessions that fit does what it can, against p99 when it is alone
 
-Forks and the guarantee over HTTP, the others in process, where HTTP hides nothing. Bounds: the other side.
+Forks and the guarantee over HTTP, the others (the guarantee once more) in process, where HTTP hides nothing. Bounds:
+the other side.
 
     python -m benchmarks.contract [--rounds 5] [--seconds 20] [--save]
 """
@@ -16,6 +17,7 @@ import asyncio
 import json
 import math
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -28,6 +30,7 @@ from typing import Any, Self
 import numpy as np
 
 from benchmarks.peers.compare import HEADER, Pairs, interleave, median_ms, report
+from benchmarks.peers.flood import CONNECTIONS, STEP
 from benchmarks.peers.http import Connection
 from benchmarks.peers.ours import OurEngine, run
 from benchmarks.peers.servers import Keypast, prompt
@@ -39,8 +42,7 @@ from keypast.keys import new_key
 FORKED, FORKS = 2000, 8
 KEPT, FEW, TRUNCATES = 4000, 64, 40
 HELD, SHORTEST, LONGEST = 256, 64, 2048
-CONTEXT, FLOODING, FLOOD_BLOCKS = 256, 63, 400
-STEP = {"token_ids": [[7]], "sample": {"temperature": 0}}
+CONTEXT, FLOOD_BLOCKS = 256, 400
 
 
 class Forked:
@@ -177,37 +179,18 @@ class Guaranteed:
 
     async def flooded(self, longest: int) -> float:
         """The same beside appends of up to `longest` positions."""
-        flood = [asyncio.create_task(self._flood(seed, longest)) for seed in range(FLOODING)]
-        await asyncio.sleep(2)
+        command = [sys.executable, "-m", "benchmarks.peers.flood", str(self._port), self._keys["flood"], str(longest)]
+        flood = await asyncio.create_subprocess_exec(*command)
+        await asyncio.sleep(3)
         p99 = await self.alone()
-        for task in flood:
-            task.cancel()
-        await asyncio.gather(*flood, return_exceptions=True)
+        flood.terminate()
+        await flood.wait()
         connection = self._connection("flood")
         while sessions := (await connection.call("GET", "/v1/sessions"))["data"]:
             for session in sessions:
                 await connection.call("DELETE", f"/v1/sessions/{session['id']}")
         await connection.close()
         return p99
-
-    async def _flood(self, seed: int, longest: int) -> None:
-        """Some sessions; appends, steps and forks of any; what is refused is asked again at once."""
-        connection, drawn = self._connection("flood"), random.Random(seed)
-        paths: list[str] = []
-        while True:
-            if len(paths) < 4:
-                created = await connection.call("POST", "/v1/sessions", {"model": "model"})
-                paths.append(f"/v1/sessions/{created['id']}")
-            path = drawn.choice(paths)
-            tokens = prompt(seed, drawn.randint(1, longest))
-            with suppress(RuntimeError):  # refused: 429, 409 of a step on an empty session, 422 of one that is full
-                await connection.call("POST", f"{path}/prefill", {"token_ids": [tokens]})
-            for _ in range(8):
-                with suppress(RuntimeError):
-                    await connection.call("POST", f"{path}/step", STEP)
-            if drawn.random() < 0.3:
-                paths.remove(path)
-                await connection.call("DELETE", path)
 
 
 class Driven:
@@ -266,7 +249,7 @@ class Driven:
     def _flood(self, longest: int, ended: threading.Event) -> None:
         drawn = random.Random(longest)
         engine, idle = self._engine, Queue[str]()
-        for _ in range(4 * FLOODING):
+        for _ in range(4 * CONNECTIONS):
             idle.put(engine.create_session("model", tenant="flood").id)
         while not ended.is_set():
             session = idle.get()
