@@ -766,3 +766,25 @@ def test_wait_returns_when_work_arrives_or_a_session_may_expire(house: House) ->
     house.run()
     house.open(ttl_seconds=0.01)
     house.engine.wait(10)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fork_in_the_midst_of_its_parents_append_has_the_block_that_both_shared(house: House, fails: bool) -> None:
+    """The append writes to a copy of the shared tail block, which is made in its pass: a pass that never comes so far
+    leaves the copy unwritten."""
+    parent = house.open([1, 2, 3])
+    house.engine.fork(parent)  # so that the tail block is shared
+    children: list[str] = []
+
+    def fork_and_fail(_: object) -> None:
+        if not children:
+            children.append(house.engine.fork(parent)[0].id)
+            if fails:
+                raise RuntimeError("before anything is copied")
+
+    house.runner.before_run = fork_and_fail
+    append = house.submit(parent, [4])
+    house.run()
+    assert isinstance(append.future.exception(0), ModelFailed) == fails
+    assert house.append(children[0], [9]).valid_length == [4]  # the runner notes a past that is not as told
+    assert house.append(parent, [5]).valid_length == [4 if fails else 5]
