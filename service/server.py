@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import os
 import signal
@@ -97,6 +98,8 @@ async def _run(server: _Server, listener: socket.socket, service: Service) -> in
         complain(error)
         return 1
     if loading.done():
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking all through it again stops every thread for a third of a second
         _console.print(_welcome(service, _address(listener, tls=server.config.is_ssl)), markup=False)
     await serving
     loading.cancel()
