@@ -148,6 +148,10 @@ def waste() -> Pairs:
     return pairs
 
 
+def p99(times: list[float]) -> float:
+    return sorted(times)[math.ceil(0.99 * len(times)) - 1]
+
+
 class Guaranteed:
     """A service that two tenants use: one has a guarantee, the other all the rest."""
 
@@ -175,14 +179,14 @@ class Guaranteed:
                 await connection.call("POST", f"{path}/truncate", {"length": CONTEXT})
         await connection.call("DELETE", path)
         await connection.close()
-        return sorted(times)[math.ceil(0.99 * len(times)) - 1]
+        return p99(times)
 
     async def flooded(self, longest: int) -> float:
         """The same beside appends of up to `longest` positions."""
         command = [sys.executable, "-m", "benchmarks.peers.flood", str(self._port), self._keys["flood"], str(longest)]
         flood = await asyncio.create_subprocess_exec(*command)
         await asyncio.sleep(3)
-        p99 = await self.alone()
+        worst = await self.alone()
         flood.terminate()
         await flood.wait()
         connection = self._connection("flood")
@@ -190,7 +194,7 @@ class Guaranteed:
             for session in sessions:
                 await connection.call("DELETE", f"/v1/sessions/{session['id']}")
         await connection.close()
-        return p99
+        return worst
 
 
 class Driven:
@@ -228,7 +232,7 @@ class Driven:
             self._append(session, "guaranteed", [7])
             times.append((time.perf_counter() - started) * 1e3)
         self._engine.delete_session(session, "guaranteed")
-        return sorted(times)[math.ceil(0.99 * len(times)) - 1]
+        return p99(times)
 
     def flooded(self, longest: int) -> float:
         """The same beside a tenant of 4 sessions for each of so many clients, all of which append all the time."""
@@ -236,10 +240,10 @@ class Driven:
         flood = threading.Thread(target=self._flood, args=(longest, ended))
         flood.start()
         time.sleep(2)
-        p99 = self.alone()
+        worst = self.alone()
         ended.set()
         flood.join()
-        return p99
+        return worst
 
     def _append(self, session: str, tenant: str, tokens: list[int]) -> None:
         append = Append(session, {"token_ids": np.array([tokens])}, tenant, want=Want(sample=Sample()))

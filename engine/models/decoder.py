@@ -100,20 +100,15 @@ class DecoderModel(nn.Module):
         """Only the positions whose logits somebody wants go through the head. A row's tail is its last hidden state."""
         ends = [start + row.count + int(row.replay) for row, start in zip(rows, starts, strict=True)]
         in_step = ends == list(range(1, len(hidden) + 1))  # each row is the hidden state of its own place
-        tails = (
-            hidden
-            if in_step and hidden.device.type == "cpu"
-            else hidden.clone()
-            if in_step
-            else torch.stack(
-                [
-                    row.tail if end == start else hidden[end - 1]
-                    for row, start, end in zip(rows, starts, ends, strict=True)
-                ]
-            )
-        )
-        # On the CPU each on its own: a view would keep the tails of the whole batch as long as one session idles.
-        own = [tail.clone() for tail in tails] if tails.device.type == "cpu" else tails
+        if in_step:
+            tails = hidden
+        else:
+            pairs = zip(rows, starts, ends, strict=True)
+            tails = torch.stack([row.tail if end == start else hidden[end - 1] for row, start, end in pairs])
+        if tails.device.type == "cpu":  # each on its own: a view would keep the whole batch's while one session idles
+            own = [tail.clone() for tail in tails]
+        else:  # in one call; the next recorded pass overwrites `hidden`
+            own = list(tails.clone() if in_step else tails)
         results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, own, strict=True)]
         wanting = [index for index, row in enumerate(rows) if _wants_last(row)]
         if wanting:
