@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.auth import caller_of
+from service.auth import tenant
 from service.errors import TOLD, problem_response
 
 _PATH = re.compile(r"/v1/sessions/([^/]+)/([a-z]+)")
@@ -35,7 +35,7 @@ class Direct:
         scope["route"] = route  # as FastAPI does, for who counts
         request = Request(scope, receive)
         try:
-            response = await route.endpoint(request, found[1], caller_of(request).tenant)
+            response = await route.endpoint(request, found[1], await tenant(request))
         except TOLD as error:
             response = problem_response(request, error)
         await response(scope, receive, send)
