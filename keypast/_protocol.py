@@ -47,9 +47,9 @@ KEY = "Idempotency-Key"
 GATEWAY = (502, 504)  # a proxy had no answer of the service
 
 
-def resolve_url(base_url: str | None) -> str:
+def resolve_url(base_url: str | None, environment: Mapping[str, str] = environ) -> str:
     """The argument, else the environment's KEYPAST_URL, else the local service. Raises ValueError: not an address."""
-    url = base_url or environ.get("KEYPAST_URL") or DEFAULT_URL
+    url = base_url or environment.get("KEYPAST_URL") or DEFAULT_URL
     try:
         parts = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -59,13 +59,15 @@ def resolve_url(base_url: str | None) -> str:
     return url
 
 
-def authorized(headers: Mapping[str, str] | None, api_key: str | None) -> dict[str, str]:
+def authorized(
+    headers: Mapping[str, str] | None, api_key: str | None, environment: Mapping[str, str] = environ
+) -> dict[str, str]:
     """The headers, and the key: the argument, else the environment's KEYPAST_API_KEY, else none. A header wins.
 
     Raises ValueError: not a key.
     """
     given = dict(headers or {})
-    key = environ.get("KEYPAST_API_KEY") if api_key is None else api_key
+    key = environment.get("KEYPAST_API_KEY") if api_key is None else api_key
     if not key or {name.lower() for name in given} & {"authorization", "x-api-key"}:
         return given
     if not (key.isascii() and key.isprintable() and " " not in key):

@@ -10,6 +10,7 @@ Use:
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
+from os import environ
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import anyio
@@ -39,7 +40,8 @@ class AsyncClient:
     """One service, over pooled connections; tasks may share a client, but not a session object.
 
     `base_url`: else the environment's KEYPAST_URL, else http://127.0.0.1:8000. `binary`: tensors travel as safetensors,
-    else as base64 in JSON. `transport` and `sleep` are for tests. Every method may raise the tree in `keypast.errors`.
+    else as base64 in JSON. `transport`, `sleep` and `environment` are for tests. Every method may raise the tree in
+    `keypast.errors`.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class AsyncClient:
         binary: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+        environment: Mapping[str, str] = environ,
     ) -> None:
-        url = _protocol.resolve_url(base_url)
+        url = _protocol.resolve_url(base_url, environment)
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=timeout,
-            headers=_protocol.authorized(headers, api_key),
+            headers=_protocol.authorized(headers, api_key, environment),
             transport=transport,
             limits=_protocol.LIMITS,
         )

@@ -10,6 +10,7 @@ Use:
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from os import environ
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import httpx
@@ -38,7 +39,8 @@ class Client:
     """One service, over pooled connections; threads may share a client, but not a session object.
 
     `base_url`: else the environment's KEYPAST_URL, else http://127.0.0.1:8000. `binary`: tensors travel as safetensors,
-    else as base64 in JSON. `transport` and `sleep` are for tests. Every method may raise the tree in `keypast.errors`.
+    else as base64 in JSON. `transport`, `sleep` and `environment` are for tests. Every method may raise the tree in
+    `keypast.errors`.
     """
 
     def __init__(
@@ -52,12 +54,13 @@ class Client:
         binary: bool = True,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        environment: Mapping[str, str] = environ,
     ) -> None:
-        url = _protocol.resolve_url(base_url)
+        url = _protocol.resolve_url(base_url, environment)
         self._http = httpx.Client(
             base_url=url,
             timeout=timeout,
-            headers=_protocol.authorized(headers, api_key),
+            headers=_protocol.authorized(headers, api_key, environment),
             transport=transport,
             limits=_protocol.LIMITS,
         )

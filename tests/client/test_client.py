@@ -396,9 +396,9 @@ def test_about_the_service(client: Client, service: FakeService) -> None:
     assert repr(client) == "<Client http://127.0.0.1:8000>"
 
 
-def test_the_address(monkeypatch: pytest.MonkeyPatch, service: FakeService) -> None:
-    monkeypatch.setenv("KEYPAST_URL", "http://there:1/under")
-    with Client(transport=service.transport) as client:
+def test_the_address(service: FakeService) -> None:
+    environment = {"KEYPAST_URL": "http://there:1/under"}
+    with Client(transport=service.transport, environment=environment) as client:
         client.sessions.create("decoder", id="s")
         with pytest.raises(errors.SessionNotFound):
             client.sessions.get("a/b ü")

@@ -147,15 +147,14 @@ def test_a_broken_file_is_not_written_over(tmp_path: Path) -> None:
     assert file.read_text() == "nonsense\n"
 
 
-def test_a_client_sends_the_key_it_is_given_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KEYPAST_API_KEY", raising=False)
-    assert authorized(None, None) == {}
+def test_a_client_sends_the_key_it_is_given_or_the_environments() -> None:
+    assert authorized(None, None, {}) == {}
     assert authorized({"a": "b"}, "k1") == {"a": "b", "Authorization": "Bearer k1"}
-    monkeypatch.setenv("KEYPAST_API_KEY", "k2")
-    assert authorized(None, None) == {"Authorization": "Bearer k2"}
-    assert authorized(None, "k1") == {"Authorization": "Bearer k1"}
-    assert authorized(None, "") == {}
-    assert authorized({"x-api-key": "k3"}, None) == {"x-api-key": "k3"}
+    environment = {"KEYPAST_API_KEY": "k2"}
+    assert authorized(None, None, environment) == {"Authorization": "Bearer k2"}
+    assert authorized(None, "k1", environment) == {"Authorization": "Bearer k1"}
+    assert authorized(None, "", environment) == {}
+    assert authorized({"x-api-key": "k3"}, None, environment) == {"x-api-key": "k3"}
     with pytest.raises(ValueError, match="KEYPAST_API_KEY"):
         Client("http://k", api_key="k1\r\nX-Evil: 1")
     assert errors.BY_CODE["unauthorized"] is errors.Denied

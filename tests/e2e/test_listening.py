@@ -42,8 +42,7 @@ def test_this_machine_is_served_by_any_of_its_names(host: str) -> None:
         assert httpx.get(f"{server.address()}/livez").status_code == 200
 
 
-def test_the_client_takes_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KEYPAST_API_KEY", raising=False)
+def test_the_client_takes_its_key() -> None:
     with Server(QUICK, keys=RECORD.line()) as server:
         address = server.address()
         with Client(address, api_key=KEY) as client:
@@ -52,8 +51,7 @@ def test_the_client_takes_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
         with Client(address) as client, pytest.raises(errors.Denied) as denied:
             client.models()
         assert (denied.value.status, denied.value.code) == (401, "unauthorized")
-        monkeypatch.setenv("KEYPAST_API_KEY", KEY)
-        with Client(address) as client:
+        with Client(environment={"KEYPAST_URL": address, "KEYPAST_API_KEY": KEY}) as client:
             assert client.models()
 
 
