@@ -24,7 +24,7 @@
         │   ├── QueueFull          too many appends wait
         │   ├── QuotaExceeded      the caller has what its quota allows
         │   ├── PoolExhausted      no blocks came free in time
-        │   └── Unavailable        loading, draining or down; no memory left on the device
+        │   └── Unavailable        loading, draining or down; no memory left for it
         └── ServerError            500 and the rest
             └── ModelFailed        500: the session is as before
 
@@ -197,6 +197,7 @@ BY_CODE: dict[str, type[StatusError]] = {
     Code.NOT_READY: Unavailable,
     Code.ENGINE_STOPPED: Unavailable,
     Code.DEVICE_FULL: Unavailable,
+    Code.BODIES_FULL: Unavailable,
     Code.MODEL_FAILED: ModelFailed,
     Code.INTERNAL: ServerError,
 }

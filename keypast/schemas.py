@@ -76,6 +76,7 @@ class Code(StrEnum):
     NOT_READY = "not_ready"  # 503, the models are still loading
     ENGINE_STOPPED = "engine_stopped"  # 503
     DEVICE_FULL = "device_full"  # 503, the pass needed more memory than was free
+    BODIES_FULL = "bodies_full"  # 503, too much is being sent to the service at a time
 
 
 class Request(BaseModel):

@@ -64,7 +64,7 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
     add_handlers(app)
     openapi.install(app, PUBLIC)
     app.add_middleware(Direct, inference.router.routes)
-    app.add_middleware(Bodies, settings.body_seconds)
+    app.add_middleware(Bodies, settings.body_seconds, settings.bodies_bytes)
     app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute))
     app.add_middleware(RequestLog, app.state.traffic)
     return app

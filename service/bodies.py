@@ -1,11 +1,12 @@
-"""What comes in as a request's body: in time, in pieces that are worth it, unpacked. One layer before every route, so
-that a route that is yet to be written has it too. How long a body may be, each route says of what it unpacks to. What
-goes out packed is packed here as well.
+"""What comes in as a request's body: in time, in pieces that are worth it, unpacked, and of all requests together no
+more than there is room for. One layer before every route, so that a route that is yet to be written has it too. How
+long a body may be, each route says of what it unpacks to. What goes out packed is packed here as well.
 """
 
 import asyncio
 import re
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 
 from fastapi import Request
@@ -13,21 +14,24 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keypast.wire import MalformedError, UnsupportedMediaError
-from service.errors import BodyTooFine, BodyTooSlow, problem_response
+from service.errors import BodiesFull, BodyTooFine, BodyTooSlow, problem_response
 
 SLOWEST = 16 << 10  # bytes a second that give a long body more time than the first seconds
 FEW = 1024  # pieces that may be of any size
 FINE = 64  # bytes: what comes in more than a few pieces has more in each, on the average
 AT_ONCE = 256 << 10  # bytes that are unpacked at a time
+UNCOUNTED = 64 << 10  # bytes of each body that are always let in: steps never wait for room; connections bound them
 
 # zlib's window bits by the names of the codings: gzip's header, zlib's header
 CODINGS: Mapping[str, int] = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
 class Bodies:
-    def __init__(self, app: ASGIApp, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, seconds: float, most: int) -> None:
+        """`seconds` that each may take; bytes of them all, `most`."""
         self._app = app
         self._seconds = seconds
+        self._room = Room(most)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -36,13 +40,62 @@ class Bodies:
         codings = Headers(scope=scope).getlist("content-encoding")
         named = [part for value in codings for name in value.split(",") if (part := name.strip().lower()) != "identity"]
         body = Pieces(receive, self._seconds).receive
-        if not named:
-            await self._app(scope, body, send)
-        elif len(named) == 1 and named[0] in CODINGS:
-            await self._app(scope, Unpacked(body, named[0]).receive, send)
-        else:
+        if named and not (len(named) == 1 and named[0] in CODINGS):
             error = UnsupportedMediaError("Content-Encoding", "is one of gzip, deflate and identity, once")
             await problem_response(Request(scope), error)(scope, receive, send)
+            return
+        held = Held(Unpacked(body, named[0]).receive if named else body, self._room, scope["state"]["caller"].tenant)
+        try:
+            await self._app(scope, held.receive, send)
+        finally:
+            held.release()
+
+
+class Room:
+    """Bytes of bodies in memory. A tenant has as much of it at most as is left free, so there is always some for the
+    next: one alone has half of it, two have a third each."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._all = 0
+        self._of: Counter[str] = Counter()
+
+    def take(self, tenant: str, size: int) -> None:
+        """Raises BodiesFull, and then nothing was taken."""
+        if self._of[tenant] + size > self._most - self._all - size:
+            raise BodiesFull("too much is being sent just now; send it again, or less at a time")
+        self._all += size
+        self._of[tenant] += size
+
+    def give(self, tenant: str, size: int) -> None:
+        self._all -= size
+        self._of[tenant] -= size
+        if not self._of[tenant]:
+            del self._of[tenant]
+
+
+class Held:
+    """`receive` raises BodiesFull where there is no room for more of this body; what came of it is held to the end."""
+
+    def __init__(self, receive: Receive, room: Room, tenant: str) -> None:
+        self._receive = receive
+        self._room = room
+        self._tenant = tenant
+        self._size = 0
+        self._counted = 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._size += len(message.get("body", b""))
+        more = self._size - UNCOUNTED - self._counted
+        if more > 0:
+            self._room.take(self._tenant, more)
+            self._counted += more
+        return message
+
+    def release(self) -> None:
+        if self._counted:
+            self._room.give(self._tenant, self._counted)
 
 
 class Pieces:

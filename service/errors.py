@@ -52,6 +52,10 @@ class BodyTooFine(Exception):
     """It comes in more and smaller pieces than anybody needs."""
 
 
+class BodiesFull(Exception):
+    """All the bodies that are coming in take the memory that there is for them."""
+
+
 class BodyTooSlow(Exception):
     """Nothing was applied; the client may send it again."""
 
@@ -90,7 +94,7 @@ ENGINE_ERRORS: dict[type[EngineError], tuple[HTTPStatus, Code]] = {
     DeviceFull: (HTTPStatus.SERVICE_UNAVAILABLE, Code.DEVICE_FULL),
 }
 
-_UNREAD = (Code.BODY_TOO_LARGE, Code.TOO_SLOW, Code.BODY_TOO_FINE)
+_UNREAD = (Code.BODY_TOO_LARGE, Code.TOO_SLOW, Code.BODY_TOO_FINE, Code.BODIES_FULL)
 _HTTP_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED, 413: Code.BODY_TOO_LARGE}
 
 
@@ -137,6 +141,7 @@ TOLD = (
     BodyTooLarge,
     BodyTooSlow,
     BodyTooFine,
+    BodiesFull,
     Unauthorized,
     Forbidden,
     NotReady,
@@ -178,6 +183,9 @@ def _told(error: BaseException) -> tuple[HTTPStatus, Code, dict[str, Any]]:
             status, code = HTTPStatus.REQUEST_TIMEOUT, Code.TOO_SLOW
         case BodyTooFine():
             status, code = HTTPStatus.BAD_REQUEST, Code.BODY_TOO_FINE
+        case BodiesFull():
+            status, code = HTTPStatus.SERVICE_UNAVAILABLE, Code.BODIES_FULL
+            members["retry_after"] = STOPPED_RETRY_AFTER
         case Unauthorized():
             status, code = HTTPStatus.UNAUTHORIZED, Code.UNAUTHORIZED
         case Forbidden():

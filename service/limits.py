@@ -85,7 +85,7 @@ def json_limit(settings: Settings) -> int:
 async def read_json(request: Request, model: type[Model], limit: int, own_type: str | None = None) -> Model:
     """A body that can only be JSON, also under a media type of its own.
 
-    Raises WireError and its children, BodyTooLarge, BodyTooSlow, BodyTooFine, ReaderGone.
+    Raises WireError and its children, BodyTooLarge, BodyTooSlow, BodyTooFine, BodiesFull, ReaderGone.
     """
     return validated(model, await json_body(request, limit, own_type))
 
@@ -101,7 +101,7 @@ async def json_body(request: Request, limit: int, own_type: str | None = None) -
 async def read_body(request: Request, limit: int) -> bytes:
     """Refuses a longer body before reading it when its length is declared, else at the byte that is too many.
 
-    Raises BodyTooLarge, BodyTooSlow, BodyTooFine, MalformedError (badly packed), ReaderGone.
+    Raises BodyTooLarge, BodyTooSlow, BodyTooFine, BodiesFull, MalformedError (badly packed), ReaderGone.
     """
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > limit:

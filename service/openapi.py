@@ -30,7 +30,8 @@ _MEANINGS = {
     422: "A value, shape or dtype is wrong, or too long; `field` names it.",
     429: "A quota is used up, too much waits, or no memory came free; try again after `Retry-After`. Nothing was done.",
     500: "The model failed; the session is as before.",
-    503: "Loading, draining or down; try again after `Retry-After`. Nothing was done.",
+    503: "Loading, draining or down, or too much is being sent just now; try again after `Retry-After`. Nothing was "
+    "done.",
 }
 _SECURITY = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, where the service has keys."},

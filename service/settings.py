@@ -149,6 +149,11 @@ class Settings(BaseSettings):
         default=16 << 20, ge=1024, description="of them, those in JSON, which takes up to 40 times its size in memory"
     )
     max_past_bytes: int = Field(default=1 << 30, ge=1024, description="longest past that is imported or exported")
+    bodies_bytes: int = Field(
+        default=2 << 30,
+        ge=2048,
+        description="of all bodies that are held at a time; at least twice the longest; more are refused (503)",
+    )
     replay_bytes: int = Field(
         default=256 << 20, ge=1024, description="of replies that are kept for retries, of all sessions"
     )
@@ -215,6 +220,16 @@ class Settings(BaseSettings):
             except ValueError as error:
                 raise ValueError(f"{tenant!r}: {error}") from None
         return own
+
+    @field_validator("bodies_bytes")
+    @classmethod
+    def _holds_the_longest(cls, size: int, info: ValidationInfo) -> int:
+        longest = max(info.data.get("max_body_bytes", 0), info.data.get("max_past_bytes", 0))
+        if size < 2 * longest:
+            raise ValueError(
+                f"give at least {2 * longest}, twice the longest body (KEYPAST_MAX_BODY_BYTES, KEYPAST_MAX_PAST_BYTES)"
+            )
+        return size
 
     @property
     def kv_share(self) -> float | None:

@@ -38,6 +38,7 @@ STATUS = {
     Code.NOT_READY: 503,
     Code.ENGINE_STOPPED: 503,
     Code.DEVICE_FULL: 503,
+    Code.BODIES_FULL: 503,
     Code.MODEL_FAILED: 500,
 }
 

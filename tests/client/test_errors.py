@@ -28,6 +28,7 @@ LEAVES = {
     Code.NOT_READY: errors.Unavailable,
     Code.ENGINE_STOPPED: errors.Unavailable,
     Code.DEVICE_FULL: errors.Unavailable,
+    Code.BODIES_FULL: errors.Unavailable,
     Code.MODEL_FAILED: errors.ModelFailed,
 }
 

@@ -9,13 +9,14 @@ import gzip
 import json
 import pickle
 import re
+import select
 import socket
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def target() -> Iterator[Target]:
         "max_json_bytes": str(4 << 20),
         "max_body_bytes": str(8 << 20),
         "max_past_bytes": str(8 << 20),
+        "bodies_bytes": str(32 << 20),
         "body_seconds": "1",
         "head_seconds": "1",
         "stall_seconds": "0.5",
@@ -602,6 +604,28 @@ def test_a_reader_who_takes_nothing_is_let_go(target: Target) -> None:
 def test_a_connection_that_says_nothing_is_closed(target: Target) -> None:
     with socket.create_connection(target.address, 10) as connection:
         assert connection.recv(1) == b""
+
+
+def test_all_bodies_together_are_bounded(target: Target) -> None:
+    """16 clients send all but the last byte of 8 MiB each. Two fit into half of 32 MiB, and steps go on beside them."""
+    size = 8 << 20
+    told = (f"content-type: {SAFETENSORS_TYPE}", f"content-length: {size}")
+    opening = head("POST", target.attention + "/prefill", *told) + bytes(size - 1)
+    with unharmed(target), ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(target.address, 20)) for _ in range(16)]
+        for client in clients:
+            with suppress(OSError):  # the refused ones may not get rid of it all
+                client.sendall(opening)
+        answered = select.select(clients, [], [], 10)[0]
+        for path, kind in ((target.decoder, KINDS["decoder"]), (target.attention, KINDS["attention"])):
+            assert target.client.post(f"{path}/score", json=kind.json(1, 3)).status_code == 200
+        for client in answered:
+            reply = client.recv(4096)
+            assert reply.startswith(b"HTTP/1.1 503 ")
+            assert b"bodies_full" in reply
+            assert b"retry-after: 1" in reply.lower()
+        assert len(answered) == 14
+    withstands(target, request(target.attention + "/prefill", bytes(size), SAFETENSORS_TYPE), 400, "malformed")
 
 
 @pytest.mark.slow

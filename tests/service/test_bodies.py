@@ -8,15 +8,17 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.types import Message
 
 from engine.errors import QuotaExceeded
 from keypast.schemas import CreateSession, GenerateRequest, PrefillRequest, Request
 from keypast.wire import MAX_ERRORS, MAX_NAMES, MalformedError, WireError, validated
-from service.bodies import AT_ONCE, FEW, FINE, Pieces, Unpacked
-from service.errors import BodyTooFine, BodyTooSlow
+from service.bodies import AT_ONCE, FEW, FINE, UNCOUNTED, Pieces, Room, Unpacked
+from service.errors import BodiesFull, BodyTooFine, BodyTooSlow
 from service.limits import RequestRate
-from tests.service.conftest import Running, Start
+from tests.service.conftest import Running, Start, until
 from tests.service.fakes import KINDS, Kind
 from tests.service.raw_client import RawRequest
 
@@ -169,6 +171,50 @@ async def test_unpacked_is_what_was_packed_at_every_size(size: int, coding: str)
         assert await drained(Unpacked(Script([*parts, b""], whole=True), coding)) == body
     with pytest.raises(MalformedError):
         await drained(Unpacked(Script([packed[:-1]], whole=True), coding))
+
+
+# ---- all of them together ------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 40)), max_size=30))
+def test_room_is_shared_and_never_exceeded(asked: list[tuple[str, int]]) -> None:
+    """Against lists: a negative size gives back the tenant's oldest body."""
+    room, held = Room(100), {name: list[int]() for name in "abc"}
+    for tenant, size in asked:
+        own, everything = sum(held[tenant]), sum(map(sum, held.values()))
+        if size < 0:
+            if held[tenant]:
+                room.give(tenant, held[tenant].pop(0))
+        elif own + size <= 100 - (everything + size):
+            room.take(tenant, size)
+            held[tenant].append(size)
+        else:
+            with pytest.raises(BodiesFull):
+                room.take(tenant, size)
+    for tenant, sizes in held.items():
+        for size in sizes:
+            room.give(tenant, size)
+    room.take("a", 50)
+
+
+async def test_more_bodies_than_there_is_room_for_are_503_until_some_are_done(start: Start) -> None:
+    sizes = {"max_body_bytes": 200_000, "max_past_bytes": 200_000, "bodies_bytes": 400_000}
+    running = await start(settings=sizes)
+    paths = [f"/v1/sessions/{await running.session('letters')}/prefill" for _ in range(2)]
+    long = json.dumps(DECODER.json(3)).encode() + b" " * (UNCOUNTED + 120_000)
+    running.fakes.decoder.gate.clear()
+    held = asyncio.create_task(running.client.post(paths[0], content=long))
+    await until(lambda: not running.fakes.engine.idle)
+    before = running.state()
+    for body, headers in ((long, {}), (gzip.compress(long), {"content-encoding": "gzip"})):
+        refused = await running.client.post(paths[1], content=body, headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (503, "bodies_full")
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+    assert running.state() == before
+    assert (await running.client.post("/v1/sessions", json={"model": "letters"})).status_code == 201
+    running.fakes.decoder.gate.set()
+    assert (await held).status_code == 200
+    assert (await running.client.post(paths[1], content=long)).status_code == 200
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------

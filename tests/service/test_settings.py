@@ -54,6 +54,7 @@ def test_other_names_are_not_ours_and_case_does_not_matter() -> None:
         ("DTYPE", "int8", "float16"),
         ("QUANTIZE", "int4", "int8"),
         ("LOG_LEVEL", "loud", "warning"),
+        ("BODIES_BYTES", "1000000", "at least 2147483648, twice the longest body"),
         ("DRAIN_SECONDS", "-1", "SIGTERM"),
         ("EVICT", "fifo", "lru"),
         ("TOMBSTONE_SECONDS", "0", "410"),
