@@ -23,7 +23,7 @@ an append to an empty session whose keys and values come ready made.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.session import Session
+from engine.specs import Axis
 from engine.stats import SessionInfo
 
 Array = NDArray[Any]
@@ -118,6 +119,7 @@ class Append:
     keep: bool = True
     once: Once | None = None
     future: Future[AppendResult] = field(default_factory=Future)
+    sizes: Mapping[Axis, int] = field(default_factory=dict)  # n and m; the engine reads them off the inputs
 
 
 @dataclass(slots=True, eq=False)
@@ -304,10 +306,10 @@ class Work:
         return 0.0 if self.started_at is None else (self.started_at - self.submitted_at) * 1e3
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that would make its making dear, and there is one for every step
 class Row:
-    """A sequence's share of a batch: input positions [start - past, stop - past) of its work's row `index`, and
-    `queries`: as many (a decoder's positions ask), or all that the work has.
+    """A sequence's share of a batch, which never changes: input positions [start - past, stop - past) of its work's row
+    `index`, and `queries`: as many (a decoder's positions ask), or all that the work has.
 
     `table` and `history` are as they were when the batch was scheduled; nobody else changes them meanwhile.
     `last`: this chunk completes the row. A peek has start = stop = past.
@@ -351,7 +353,7 @@ class Row:
         return chunk
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RowResult:
     """What a row's chunk gave by name: `positions`, arrays (queries, ...); `once`, what only the last chunk gives; and
     then the new tail."""
@@ -363,18 +365,15 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The rows of one forward pass."""
+    """The rows of one forward pass, and the works whose rows they are."""
 
     rows: list[Row]
+    works: list[Work]
 
     @property
     def copies(self) -> list[tuple[int, int]]:
         """(from, to) blocks to copy before the pass, for sequences that leave a shared one to write to their own."""
         return [copy for work in self.works if not work.copied for copy in work.copies]
-
-    @property
-    def works(self) -> list[Work]:
-        return list(dict.fromkeys(row.work for row in self.rows))
 
     def __repr__(self) -> str:
         return f"<Batch {len(self.rows)} rows, {sum(row.count for row in self.rows)} positions>"

@@ -283,6 +283,7 @@ class Books:
 
     def _close(self, session: Session, reason: Closing, *, to_keep: bool = False, tombstone: bool = True) -> Receipt:
         served = self._served[session.model]
+        served.gather.arrived(session)
         positions = sum(session.valid_length)
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
         self._store.close(session, reason, tombstone=tombstone)

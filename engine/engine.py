@@ -399,6 +399,7 @@ class Engine(Books):
         work.transfer = transfer
         self._tenants.owe(session.tenant, work.size)
         served.scheduler.add(work)
+        served.gather.arrived(session)
         session.state = SessionState.RUNNING  # last: what fails before has started nothing
 
     def _end_append(self, work: Work, outputs: dict[str, Any], error: BaseException | None) -> None:
@@ -506,7 +507,7 @@ class Engine(Books):
             check_want(spec, want)
 
     def _held_until(self, served: Served) -> float | None:
-        return served.gather.hold_until(served.scheduler.works(), self._clock())
+        return served.gather.hold_until(len(served.scheduler), self._clock())
 
     def _admit(self, served: Served, session: Session, new: list[int], positions: int) -> None:
         """Raises QuotaExceeded. Whether blocks are free is another question, and may be waited for."""

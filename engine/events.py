@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from engine.errors import InvalidInput
 from engine.session import Session
@@ -28,8 +28,7 @@ EventKind = Literal[
 _ID = re.compile(r"([0-9a-f]{8})-(\d{1,18})", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class SessionEvent:
+class SessionEvent(NamedTuple):
     """`version` and `valid_length` are the session's after it happened; `at` is in seconds since the epoch."""
 
     id: str

@@ -7,10 +7,8 @@ worth it: `share` of the last batch's time, scaled by how many of those it could
 not waited for again until it has been in a batch.
 """
 
-from collections.abc import Collection
-
 from engine.batch import Batch, Work
-from engine.session import Session, SessionState
+from engine.session import Session
 
 
 class Gather:
@@ -27,16 +25,18 @@ class Gather:
         self._expected = {work.session for work in batch.works if _is_step(work)} if self._share else set()
         self._ended, self._took = ended, ended - started
 
-    def hold_until(self, queue: Collection[Work], now: float) -> float | None:
-        """Till when `queue` should wait for more, or None: run it."""
-        if not self._expected or not queue:
+    def arrived(self, session: Session) -> None:
+        """It is back, or gone: nobody waits for it."""
+        self._expected.discard(session)
+
+    def hold_until(self, queued: int, now: float) -> float | None:
+        """Till when so many works should wait for more, or None: run them."""
+        if not self._expected or not queued:
             return None
-        missing = sum(session.state is not SessionState.CLOSED for session in self._expected)
-        missing -= len({work.session for work in queue} & self._expected)
-        if missing:
-            until = self._ended + self._took * self._share * missing / (missing + len(queue))
-            if now < until:
-                return until
+        missing = len(self._expected)
+        until = self._ended + self._took * self._share * missing / (missing + queued)
+        if now < until:
+            return until
         self._expected = set()
         return None
 

@@ -48,6 +48,9 @@ class Prefixes:
         self._most = most
         self._kept: dict[Prefix, None] = {}  # the one used longest ago first
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def __iter__(self) -> Iterator[Prefix]:
         return iter(self._kept)
 

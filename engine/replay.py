@@ -213,6 +213,8 @@ def weigh(value: object) -> int:
     """Bytes that a result takes, about: arrays to the byte, small things roughly."""
     if isinstance(value, np.ndarray):
         return _OBJECT + value.nbytes
+    if isinstance(value, AppendResult):  # what there is most of: its own numbers are not looked at one by one
+        return weigh(value.outputs) + _OBJECT * (8 + 5 * len(value.valid_length))
     if isinstance(value, str):
         return _OBJECT + len(value)
     if isinstance(value, dict):
@@ -227,13 +229,20 @@ def weigh(value: object) -> int:
 
 def _owned(result: object) -> object:
     """With arrays of its own: a view of one row would hold on to the whole batch."""
-    if not isinstance(result, AppendResult):
+    if not isinstance(result, AppendResult) or not any(map(_is_part, result.outputs.values())):
         return result
-    own = {
-        name: value.copy() if isinstance(value, np.ndarray) and value.base is not None else value
-        for name, value in result.outputs.items()
-    }
+    own = {name: value.copy() if _is_part(value) else value for name, value in result.outputs.items()}
     return replace(result, outputs=own)
+
+
+def _is_part(value: object) -> bool:
+    """Whether it is a view of something larger, or of what is not numpy's."""
+    owner = value
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    if not isinstance(value, np.ndarray) or owner is value:
+        return False
+    return not isinstance(owner, np.ndarray) or owner.nbytes > value.nbytes
 
 
 def _check_waiting(session: Session, once: Once) -> None:

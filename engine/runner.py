@@ -281,7 +281,8 @@ class ModelRunner:
         return starts
 
     def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.spec.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self.spec.device == "cpu" else tensor.to(self.spec.device)
 
 
 def _mask(row: Row) -> Array | None:

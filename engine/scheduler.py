@@ -64,6 +64,9 @@ class Scheduler:
         """(tenant, blocks)"""
         return [(work.session.tenant, [shared for shared, _ in work.copies]) for work in self._queue]
 
+    def __len__(self) -> int:
+        return len(self._queue)
+
     def works(self) -> list[Work]:
         return list(self._queue)
 
@@ -74,6 +77,7 @@ class Scheduler:
     def schedule(self, now: float) -> Batch | None:
         """The next batch, or None: nothing is queued, or nothing that is queued can have its blocks now."""
         rows: list[Row] = []
+        works: list[Work] = []
         short: set[Work] = set()  # of blocks
         budget = self._token_budget
         others = self._guard.others(now, budget)
@@ -100,16 +104,18 @@ class Scheduler:
                 continue
             if work.started_at is None:
                 work.started_at = now
-            for row in self._rows(work, max(1, budget - keep if guarded else min(budget - keep, others))):
+            own = self._rows(work, max(1, budget - keep if guarded else min(budget - keep, others)))
+            if own:
+                works.append(work)
+            for row in own:
                 rows.append(row)
                 size = max(row.count, row.queries, 1)
                 budget -= size
                 others -= 0 if guarded else size
         if not rows:
             return None
-        batch = Batch(rows)
-        self._turns.ran(batch.works, [work for work in self._queue if work not in short])
-        return batch
+        self._turns.ran(works, [work for work in self._queue if work not in short])
+        return Batch(rows, works)
 
     def roll_back(self, work: Work) -> None:
         """Takes the work out, its session's tables as they were before it: what it reserved is given back."""

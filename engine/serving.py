@@ -100,6 +100,8 @@ class Served:
 
     def make_room(self) -> None:
         """What waits for blocks has them before any past without a session, its own tenant's first to go."""
+        if not self.prefixes:
+            return
         for work in self.scheduler.works():
             while self.scheduler.missing(work):
                 if not self.prefixes.drop_one(work.session.tenant) and not self.prefixes.drop_one():

@@ -32,7 +32,7 @@ from pydantic_core import to_json
 from safetensors import SafetensorError, deserialize
 
 from keypast import schemas
-from keypast.schemas import Appended, AppendReply, AppendRequest, TensorBody
+from keypast.schemas import AppendReply, AppendRequest, TensorBody
 
 Array = npt.NDArray[Any]
 Form = Literal["flat", "nested", "base64", "safetensors"]
@@ -61,6 +61,8 @@ _SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 _SAFETENSORS_NAMES = {name: short for short, name in _SAFETENSORS_DTYPES.items()}
+_LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in _ITEM_BYTES if name != "bfloat16"}
+_NAMES = {dtype: name for name, dtype in _LITTLE_ENDIAN.items()}
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"(\s*+:)?)?', re.DOTALL)  # whole, so that no byte is looked at twice
 _UNION_BRANCH = re.compile(r"(bool|float|int|str|constrained-str|constrained-int|list\[.*\]|function-.*)")
 
@@ -103,7 +105,7 @@ def decode_tensor(field: str, body: TensorBody, *, finite: bool = True) -> Array
 def encode_tensor(array: Array, form: Form) -> dict[str, Any]:
     """The JSON object of an array; numbers that JSON cannot name turn flat and nested into base64."""
     array = plain_array("tensor", array)
-    body: dict[str, Any] = {"dtype": array.dtype.name, "shape": list(array.shape)}
+    body: dict[str, Any] = {"dtype": _name(array), "shape": list(array.shape)}
     if form == "base64" or not np.isfinite(array).all():
         return {**body, "data_b64": base64.b64encode(array.tobytes()).decode("ascii")}
     return {**body, "data": array.tolist() if form == "nested" and array.ndim else array.ravel().tolist()}
@@ -111,9 +113,10 @@ def encode_tensor(array: Array, form: Form) -> dict[str, Any]:
 
 def byte_size(field: str, dtype: str, shape: Sequence[int]) -> int:
     """Bytes on the wire. A zero axis must not hide a product that overflows. Raises WireError."""
-    if _ITEM_BYTES[dtype] * math.prod(max(extent, 1) for extent in shape) >= 2**63:
+    size = _ITEM_BYTES[dtype] * math.prod(shape)
+    if size >= 2**63 or (not size and _ITEM_BYTES[dtype] * math.prod(max(extent, 1) for extent in shape) >= 2**63):
         raise WireError(field, f"shape {list(shape)} is too large")
-    return _ITEM_BYTES[dtype] * math.prod(shape)
+    return size
 
 
 def _unbase64(field: str, text: str, size: int) -> bytearray:
@@ -134,7 +137,7 @@ def from_bytes(field: str, dtype: str, shape: Sequence[int], data: bytearray) ->
         return _widen(np.frombuffer(data, dtype="<u2")).reshape(shape)
     if dtype == "bool" and data.strip(b"\0\1"):
         raise WireError(field, "a bool is one byte, 0 or 1")
-    return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    return np.frombuffer(data, dtype=_LITTLE_ENDIAN[dtype]).reshape(shape)
 
 
 def _widen(halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
@@ -202,9 +205,16 @@ def check_finite(field: str, array: Array) -> Array:
 
 def plain_array(field: str, array: Array) -> Array:
     """Contiguous and little-endian, so that its bytes are the wire's."""
-    if array.dtype.name not in _ITEM_BYTES:
+    if array.dtype in _NAMES and array.flags.c_contiguous:
+        return array
+    if _name(array) not in _ITEM_BYTES:
         raise WireError(field, f"dtype {array.dtype.name} cannot travel; one of {', '.join(_ITEM_BYTES)} can")
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def _name(array: Array) -> str:
+    """array.dtype.name, which numpy puts together anew each time."""
+    return _NAMES.get(array.dtype) or array.dtype.name
 
 
 def raw_bytes(array: Array) -> memoryview:
@@ -260,10 +270,10 @@ def tensor_parts(arrays: Mapping[str, Array], metadata: Mapping[str, str]) -> li
     for name in sorted(plain, key=lambda name: (-plain[name].itemsize, name)):  # the widest first: all are aligned
         array = plain[name]
         start, end = end, end + array.nbytes
-        dtype = _SAFETENSORS_NAMES[array.dtype.name]
+        dtype = _SAFETENSORS_NAMES[_name(array)]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
         data.append(raw_bytes(array))
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header)
     text += b" " * (-len(text) % 8)
     return [struct.pack("<Q", len(text)) + text, *data]
 
@@ -285,7 +295,7 @@ def _header(body: bytes) -> dict[str, Any]:
     if not 2 <= length <= min(len(body) - 8, MAX_HEADER_BYTES):
         raise MalformedError("body", f"not a safetensors file: a header of {length} bytes in a body of {len(body)}")
     try:
-        header = json.loads(body[8 : 8 + length], object_pairs_hook=_unique)
+        header = _HEADER.decode(body[8 : 8 + length].decode())
     except (ValueError, RecursionError) as error:
         if isinstance(error, WireError):
             raise
@@ -302,6 +312,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise WireError("body", f"{ascii(name)[:80]} is named twice")
         names[name] = value
     return names
+
+
+_HEADER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 # ---- options as query parameters ------------------------------------------------------------------------------------
@@ -401,7 +414,8 @@ def json_append(request: AppendRequest) -> AppendBody:
 def _read_safetensors_append(
     request_type: type[AppendRequest], body: bytes, query: Sequence[tuple[str, str]]
 ) -> AppendBody:
-    return binary_append(request_type, decode_options(query), load_tensors(body).arrays)
+    # whether they are finite is looked at where they are admitted, as for those who need no wire
+    return binary_append(request_type, decode_options(query), load_tensors(body, finite=False).arrays)
 
 
 def binary_append(
@@ -427,15 +441,17 @@ def write_append(request: AppendRequest, arrays: Mapping[str, Array], form: Form
     return Encoded(to_json(options | tensors), JSON_TYPE, {}, {})
 
 
-def write_reply(reply: AppendReply, arrays: Mapping[str, Array], form: Form) -> Encoded:
-    """The reply with its output arrays by name, and the headers that every reply to an append carries."""
-    scalars = reply.model_dump(exclude_none=True)
-    outputs = scalars.pop("outputs")
+def write_reply(
+    told: Mapping[str, Any], outputs: Mapping[str, Any], arrays: Mapping[str, Array], form: Form
+) -> Encoded:
+    """`told`: the fields of an Appended. `outputs`: those that are no arrays, without None. And the arrays by name; the
+    headers are those that every reply to an append carries."""
+    headers = reply_headers(told)
     if form == "safetensors":
-        metadata = {name: to_json(value).decode() for name, value in (scalars | outputs).items()}
-        return Encoded(dump_tensors(arrays, metadata), SAFETENSORS_TYPE, {}, reply_headers(reply))
+        metadata = {name: to_json(value).decode() for name, value in (*told.items(), *outputs.items())}
+        return Encoded(dump_tensors(arrays, metadata), SAFETENSORS_TYPE, {}, headers)
     tensors = {name: encode_tensor(array, form) for name, array in arrays.items()}
-    return Encoded(to_json({"outputs": tensors | outputs, **scalars}), JSON_TYPE, {}, reply_headers(reply))
+    return Encoded(to_json({"outputs": {**tensors, **outputs}, **told}), JSON_TYPE, {}, headers)
 
 
 def read_reply(content_type: str | None, body: bytes) -> tuple[AppendReply, dict[str, Array]]:
@@ -493,18 +509,19 @@ def validation_error(first: Mapping[str, Any]) -> WireError:
 # ---- headers --------------------------------------------------------------------------------------------------------
 
 
-def reply_headers(reply: Appended) -> dict[str, str]:
-    """ETag and the scalars of a reply to an append, for those who do not read the body."""
+def reply_headers(told: Mapping[str, Any]) -> dict[str, str]:
+    """ETag and the scalars of a reply to an append, `told`, for those who do not read the body."""
+    version, timings = str(told["version"]), told["timings"]
     return {
-        "ETag": etag(reply.version),
-        "Keypast-Version": str(reply.version),
-        "Keypast-Past-Length": ",".join(map(str, reply.past_length)),
-        "Keypast-Valid-Length": ",".join(map(str, reply.valid_length)),
-        "Keypast-Computed": ",".join(map(str, reply.computed)),
-        "Keypast-Reused": ",".join(map(str, reply.reused)),
-        "Keypast-Shared": ",".join(map(str, reply.shared)),
-        "Keypast-Queue-Ms": f"{reply.timings.queue_ms:.3f}",
-        "Keypast-Compute-Ms": f"{reply.timings.compute_ms:.3f}",
+        "ETag": f'"{version}"',
+        "Keypast-Version": version,
+        "Keypast-Past-Length": ",".join(map(str, told["past_length"])),
+        "Keypast-Valid-Length": ",".join(map(str, told["valid_length"])),
+        "Keypast-Computed": ",".join(map(str, told["computed"])),
+        "Keypast-Reused": ",".join(map(str, told["reused"])),
+        "Keypast-Shared": ",".join(map(str, told["shared"])),
+        "Keypast-Queue-Ms": f"{timings['queue_ms']:.3f}",
+        "Keypast-Compute-Ms": f"{timings['compute_ms']:.3f}",
     }
 
 

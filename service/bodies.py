@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping
 
 from fastapi import Request
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keypast.wire import MalformedError, UnsupportedMediaError
@@ -37,7 +36,7 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        codings = Headers(scope=scope).getlist("content-encoding")
+        codings = [value.decode("latin-1") for name, value in scope["headers"] if name == b"content-encoding"]
         named = [part for value in codings for name in value.split(",") if (part := name.strip().lower()) != "identity"]
         body = Pieces(receive, self._seconds).receive
         if named and not (len(named) == 1 and named[0] in CODINGS):

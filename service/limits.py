@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
-from starlette.requests import ClientDisconnect
 
 from engine.errors import QueueFull, QuotaExceeded
 from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, UnsupportedMediaError, is_safetensors, validated
@@ -107,17 +106,19 @@ async def read_body(request: Request, limit: int) -> bytes:
     if declared.isdecimal() and int(declared) > limit:
         raise BodyTooLarge(limit)
     parts: list[bytes | bytearray] = []
-    size = 0
-    try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise BodyTooLarge(limit)
-            _put(parts, chunk)
-    except ClientDisconnect:
-        raise ReaderGone from None
-    if len(parts) == 1 and isinstance(parts[0], bytes):
-        return parts[0]
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ReaderGone
+        chunk: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge(limit)
+        if not parts and not more:
+            return chunk
+        _put(parts, chunk)
     return b"".join(parts) if size < LARGE else await asyncio.to_thread(b"".join, parts)
 
 

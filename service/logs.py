@@ -5,8 +5,8 @@ says, unless it is the engine's own.
 
 import json
 import logging
+import random
 import re
-import secrets
 import sys
 import time
 import traceback
@@ -15,7 +15,6 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 from fastapi import Request
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import problem_response
@@ -25,6 +24,7 @@ from service.worker import ReaderGone
 CLIENT_GONE = 499  # nginx's name for a request whose client left
 LONGEST_PATH = 256  # characters of a path that are logged
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ids = random.Random()  # they tell requests apart, and are nobody's secret
 
 Action = Literal["create", "delete", "export", "import", "fork", "drain"]
 
@@ -119,8 +119,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else f"{_ids.getrandbits(64):016x}"
         method = scope["method"]
         scope = {**scope, "method": "GET" if method == "HEAD" else method}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "only_head": method == "HEAD"}

@@ -21,9 +21,8 @@ def once_of(request: Request, body: bytes = b"") -> Once:
     """The digest is over method, path, query (in any order) and the body, byte for byte: what is answered, not how (the
     reply's form is each request's own). Headers such as If-Match do not count. Raises WireError."""
     key = parse_key(request.headers.getlist("idempotency-key"))
-    hashed = hashlib.sha256(repr((request.method, request.scope["path"], _query(request))).encode())
-    hashed.update(body)
-    return Once(hashed.digest(), key)
+    asked = repr((request.method, request.scope["path"], _query(request)))
+    return Once(hashlib.sha256(asked.encode() + body).digest(), key)
 
 
 def once_of_step(request: Request, step: BatchStep, arrays: Mapping[str, Array]) -> Once:
@@ -45,4 +44,4 @@ def replay_headers(once: Once) -> dict[str, str]:
 
 
 def _query(request: Request) -> list[tuple[str, str]]:
-    return sorted(request.query_params.multi_items())
+    return sorted(request.query_params.multi_items()) if request.scope["query_string"] else []

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from engine.batch import Generate, GenerateResult, Once, TokenEvent
 from engine.errors import InvalidInput
 from engine.stats import SessionInfo
-from keypast.schemas import Generated, GenerateReply, GenerateRequest, Problem, StreamEnd, StreamToken, Timings
+from keypast.schemas import Generated, GenerateReply, GenerateRequest, Problem, StreamEnd, StreamToken
 from keypast.wire import JSON_TYPE, parse_if_match, reply_headers
 from service.auth import Tenant
 from service.errors import note, problem_of
@@ -18,6 +18,7 @@ from service.lifecycle import Service, service_of
 from service.limits import json_limit
 from service.once import read_change, replay_headers
 from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
+from service.routes.inference import told_of
 from service.streams import EVENT_STREAM, PING, EventStream, event
 from service.text import GeneratedText, sampling
 from service.worker import ReaderGone
@@ -134,14 +135,8 @@ class _Run:
         return StreamEnd(
             finish_reason=result.finish_reason,
             text=self._written.rest(result.finish_reason),
-            past_length=result.past_length,
-            valid_length=result.valid_length,
-            version=result.version,
-            computed=result.effort.computed,
-            reused=result.effort.reused,
-            shared=result.effort.shared,
-            timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
             problem=self._problem(result),
+            **told_of(result),
         )
 
     def _problem(self, result: GenerateResult) -> Problem | None:
@@ -155,6 +150,7 @@ class _Run:
         if again:
             deque(self._written.again(result), maxlen=0)
         self._written.rest(result.finish_reason)
+        told = told_of(result)
         body = GenerateReply(
             outputs=Generated(
                 token_ids=result.token_ids,
@@ -162,14 +158,8 @@ class _Run:
                 logprobs=result.logprobs if self._wanted.logprobs else None,
             ),
             finish_reason=result.finish_reason,
-            past_length=result.past_length,
-            valid_length=result.valid_length,
-            version=result.version,
-            computed=result.effort.computed,
-            reused=result.effort.reused,
-            shared=result.effort.shared,
-            timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
             problem=self._problem(result),
+            **told,
         )
-        headers = reply_headers(body) | replay_headers(self._once)
+        headers = reply_headers(told) | replay_headers(self._once)
         return Response(body.model_dump_json(exclude_none=True), 200, headers, JSON_TYPE)

@@ -3,12 +3,12 @@
 import asyncio
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from engine.batch import Append, AppendResult, Once, Want
+from engine.batch import Append, AppendResult, GenerateResult, Once, Want
 from engine.errors import InvalidInput
 from keypast.schemas import (
     AppendReply,
@@ -17,8 +17,6 @@ from keypast.schemas import (
     PrefillRequest,
     ScoreRequest,
     StepRequest,
-    Timings,
-    TopLogprob,
 )
 from keypast.wire import AppendBody, Array, Encoded, Form, parse_if_match, read_append, reply_form, write_reply
 from service.auth import Tenant
@@ -144,45 +142,54 @@ def append_of(
 
 
 def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
-    return write_reply(*reply_of(result, text), form)
+    return write_reply(told_of(result), _outputs(result, text), arrays_of(result), form)
 
 
 def reply_of(result: AppendResult, text: TextModel | None) -> tuple[AppendReply, dict[str, Array]]:
     """And its arrays by name."""
-    arrays = {name: value for name, value in result.outputs.items() if isinstance(value, np.ndarray)}
-    arrays.pop("token_logprobs", None)  # told as lists, of which one may be shorter and begin with null
-    reply = AppendReply(
-        outputs=_outputs(result, text),
-        past_length=result.past_length,
-        valid_length=result.valid_length,
-        version=result.version,
-        computed=result.effort.computed,
-        reused=result.effort.reused,
-        shared=result.effort.shared,
-        timings=Timings(queue_ms=result.queue_ms, compute_ms=result.compute_ms),
-    )
-    return reply, arrays
+    return AppendReply(outputs=Outputs(**_outputs(result, text)), **told_of(result)), arrays_of(result)
 
 
-def _outputs(result: AppendResult, text: TextModel | None) -> Outputs:
-    """Those that are not arrays. A row that appended nothing has None in the engine's lists."""
+def told_of(result: AppendResult | GenerateResult) -> dict[str, Any]:
+    """The fields of an Appended: plain, since a model of them would cost as much as all the rest of a small reply."""
+    return {
+        "past_length": result.past_length,
+        "valid_length": result.valid_length,
+        "version": result.version,
+        "computed": result.effort.computed,
+        "reused": result.effort.reused,
+        "shared": result.effort.shared,
+        "timings": {"queue_ms": result.queue_ms, "compute_ms": result.compute_ms},
+    }
+
+
+def arrays_of(result: AppendResult) -> dict[str, Array]:
+    """By name; but token_logprobs, which are told as lists of which one may be shorter and begin with null."""
+    outputs = result.outputs.items()
+    return {name: value for name, value in outputs if isinstance(value, np.ndarray) and name != "token_logprobs"}
+
+
+def _outputs(result: AppendResult, text: TextModel | None) -> dict[str, Any]:
+    """Those fields of an Outputs that are there and no arrays. A row that appended nothing has None in the engine's
+    lists."""
 
     def spoken(token: int | None) -> str:
         return "" if token is None or text is None else text.tokenizer.decode([token])
 
+    outputs: dict[str, Any] = {}
     tokens: list[int | None] | None = result.outputs.get("next_token")
+    if tokens is not None:
+        outputs["next_token"] = tokens
+        if text is not None:
+            outputs["text"] = [spoken(token) for token in tokens]
     likeliest: list[list[tuple[int, float]] | None] | None = result.outputs.get("top_logprobs")
-    return Outputs(
-        next_token=tokens,
-        text=None if tokens is None or text is None else [spoken(token) for token in tokens],
-        top_logprobs=None
-        if likeliest is None
-        else [
-            [TopLogprob(token_id=token, logprob=logprob, text=spoken(token)) for token, logprob in row or []]
+    if likeliest is not None:
+        outputs["top_logprobs"] = [
+            [{"token_id": token, "logprob": logprob, "text": spoken(token)} for token, logprob in row or []]
             for row in likeliest
-        ],
-        token_logprobs=_token_logprobs(result),
-    )
+        ]
+    told = _token_logprobs(result)
+    return outputs if told is None else {**outputs, "token_logprobs": told}
 
 
 def _token_logprobs(result: AppendResult) -> list[list[float | None]] | None:

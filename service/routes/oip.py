@@ -58,7 +58,7 @@ from service.oip import (
 )
 from service.once import once_of, replay_headers
 from service.openapi import Documented, infer_reply, infer_request, refusals, reply
-from service.routes.inference import append_of, coded, reply_of, size_of
+from service.routes.inference import append_of, coded, reply_of, size_of, told_of
 from service.text import TextModel
 
 PLATFORM = "keypast"
@@ -331,7 +331,7 @@ def _response(
         told["id"] = asked.id
     if call.sequence is not None:
         told["parameters"] = {"sequence_id": call.sequence.given, "version": reply.version}
-        headers = headers | reply_headers(reply)
+        headers = headers | reply_headers(told_of(answer.result))
     outputs = {name: given[name] for name in call.outputs if name in given}
     written = write_infer(told, outputs, call.binary)
     if written.header is not None:

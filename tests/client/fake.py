@@ -280,7 +280,10 @@ class FakeService:
             **EFFORT,
             timings=TIMINGS,
         )
-        encoded = wire.write_reply(body, tensors, wire.reply_form(form, request.headers.get("Accept")))
+        told = body.model_dump(exclude_none=True)
+        encoded = wire.write_reply(
+            told, told.pop("outputs"), tensors, wire.reply_form(form, request.headers.get("Accept"))
+        )
         headers = {**encoded.headers, "Content-Type": encoded.content_type}
         return httpx.Response(200, headers=headers, content=encoded.body)
 

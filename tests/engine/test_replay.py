@@ -52,7 +52,7 @@ class Uncopied(np.ndarray[Any, Any]):
 
 def test_a_result_that_there_is_no_memory_for_is_known_and_cannot_be_told() -> None:
     known, own = replays(), session()
-    outputs: dict[str, Any] = {"logits": np.zeros(9, np.uint8).view(Uncopied)}
+    outputs: dict[str, Any] = {"logits": np.zeros(18, np.uint8)[:9].view(Uncopied)}
     do(known, own, Once(b"body", "k"), AppendResult(outputs, [0], [1], 1, 0.0, 0.0, EFFORT))
     with pytest.raises(ReplyDropped):
         known.find(own, Once(b"body", "k"))
