@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from engine.chat import MAX_CHARACTERS, ChatTemplate, read_messages, valid_text
-from engine.checkpoints.weights import Checkpoint
 from engine.errors import InvalidInput
+
+if TYPE_CHECKING:  # which brings torch; until there are models, /livez and /readyz answer without it
+    from engine.checkpoints.weights import Checkpoint
 
 _REPLACEMENT = "\ufffd"  # what bytes that are not UTF-8, or not yet, decode to
 _HELD_TOKENS = 64  # bytes that are no character after so many tokens will not become one

@@ -78,6 +78,7 @@ def test_the_file_gives_back_what_was_written_and_is_its_owners_alone(tmp_path: 
         (RECORD.line()[:-1], "salt:hash"),
         (RECORD.line().replace(RECORD.id, KEY), "id"),
     ],
+    ids=["a key", "tenant", "role", "end", "a day", "salt", "id"],
 )
 def test_a_bad_line_is_told_by_its_number_and_never_repeated(line: str, hint: str) -> None:
     with pytest.raises(KeysError) as refused:
