@@ -8,6 +8,9 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 # make serve TORCH="torch==2.13.0 --index-url <your CPU index>".
 TORCH ?= torch==2.13.0
 
+# Tests run side by side on so many cores.
+WORKERS ?= 2
+
 .PHONY: help serve install test test-slow check format bench bench-peers gpu-check clean
 
 help:
@@ -23,7 +26,7 @@ serve: $(VENV)/.server
 install: $(VENV)/.server
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900

@@ -12,6 +12,7 @@ from pydantic.json_schema import models_json_schema
 from keypast import oip, openai_schemas, schemas
 from keypast.wire import JSON_TYPE, MERGE_PATCH_TYPE, OCTETS_TYPE, SAFETENSORS_TYPE
 from service.errors import PROBLEM_TYPE
+from service.streams import EVENT_STREAM
 
 Documented = dict[int | str, dict[str, Any]]
 
@@ -119,6 +120,13 @@ def ref(model: type[BaseModel]) -> dict[str, str]:
 
 def reply(model: type[BaseModel], description: str, headers: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"description": description, "headers": headers or {}, "content": {JSON_TYPE: {"schema": ref(model)}}}
+
+
+def event_stream(*told: type[BaseModel]) -> dict[str, Any]:
+    """Content of server-sent events, the `data` of each JSON of one of these, or [DONE]."""
+    read = {"type": "string", "contentMediaType": JSON_TYPE, "contentSchema": {"anyOf": [ref(each) for each in told]}}
+    fields = {"data": {"anyOf": [read, {"const": "[DONE]"}]}, "event": {"type": "string"}, "id": {"type": "string"}}
+    return {EVENT_STREAM: {"itemSchema": {"type": "object", "required": ["data"], "properties": fields}}}
 
 
 def problems(*statuses: int) -> Documented:

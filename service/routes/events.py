@@ -9,7 +9,7 @@ from engine.events import Gap, SessionEvent
 from keypast.schemas import Event
 from service.auth import Tenant
 from service.lifecycle import service_of
-from service.openapi import LAST_EVENT_ID, problems, ref
+from service.openapi import LAST_EVENT_ID, event_stream, problems
 from service.routes.sessions import utc
 from service.streams import EVENT_STREAM, PING, EventStream, named_event
 
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1", tags=["sessions"], default_response_class=Respo
 
 _STREAM = {
     "description": "Server-sent events: `id`, `event` (the type), `data` (an Event); comments while there is silence.",
-    "content": {EVENT_STREAM: {"schema": {"type": "string"}, "itemSchema": ref(Event)}},
+    "content": event_stream(Event),
 }
 
 

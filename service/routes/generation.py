@@ -17,9 +17,9 @@ from service.errors import note, problem_of
 from service.lifecycle import Service, service_of
 from service.limits import json_limit
 from service.once import read_change, replay_headers
-from service.openapi import APPEND_HEADERS, GUARDS, json_request, problems, reply
+from service.openapi import APPEND_HEADERS, GUARDS, event_stream, json_request, problems, reply
 from service.routes.inference import told_of
-from service.streams import EVENT_STREAM, PING, EventStream, event
+from service.streams import PING, EventStream, event
 from service.text import GeneratedText, sampling
 from service.worker import ReaderGone
 
@@ -28,7 +28,7 @@ router = APIRouter(prefix="/v1/sessions/{session_id}", tags=["inference"], defau
 Said = tuple[TokenEvent, list[str]]  # a commit, and the text that each row may show for it
 
 _REPLY = reply(GenerateReply, "What was generated; with `stream`, server-sent events.", APPEND_HEADERS)
-_REPLY["content"][EVENT_STREAM] = {"schema": {"type": "string", "description": "StreamToken …, StreamEnd, [DONE]"}}
+_REPLY["content"] |= event_stream(StreamToken, StreamEnd, Problem)
 
 
 @router.post(

@@ -22,7 +22,7 @@ from keypast.openai_schemas import (
     Tokenized,
     TokenizeRequest,
 )
-from keypast.schemas import MAX_INT
+from keypast.schemas import MAX_INT, Problem
 from keypast.wire import JSON_TYPE, validated
 from service.answers import Answers, Asked, Piece, Turn
 from service.auth import Tenant
@@ -31,9 +31,9 @@ from service.errors import note, problem_of
 from service.lifecycle import Service, service_of
 from service.limits import json_body, json_limit
 from service.once import REPLAYED, once_of
-from service.openapi import KEY, REPLAYED_HEADER, SESSION_NAME, json_request, problems, reply
+from service.openapi import KEY, REPLAYED_HEADER, SESSION_NAME, event_stream, json_request, problems, reply
 from service.routes.inference import coded
-from service.streams import EVENT_STREAM, PING, EventStream, event
+from service.streams import PING, EventStream, event
 from service.text import TextModel
 from service.turns import Asker, chat_turn, sample_of
 
@@ -44,7 +44,7 @@ def _documented(request: type[BaseModel], whole: type[BaseModel], chunk: type[Ba
     found = reply(
         whole, f"The replies; with `stream`, server-sent events: {chunk.__name__} …, [DONE].", REPLAYED_HEADER
     )
-    found["content"][EVENT_STREAM] = {"schema": {"type": "string"}}
+    found["content"] |= event_stream(chunk, Problem)
     return {
         "openapi_extra": {**json_request(request), "parameters": [KEY, SESSION_NAME]},
         "responses": {200: found, **problems(400, 404, 409, 410, 412, 413, 415, 422, 429, 500, 503)},

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 import keypast
 from keypast import schemas
 
-
 TORCH = ("torch", "transformers")
 
 

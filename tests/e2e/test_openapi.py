@@ -1,7 +1,7 @@
 """Whether the service keeps to its own OpenAPI document, over models of both kinds: Schemathesis makes requests of what
 the document says, right ones and wrong ones, and holds every reply against it. And none is a 5xx.
 
-/v1/events is left out, because a reply without an end is never read to its end, and so is drain, which ends the service.
+/v1/events is left out, whose replies have no end, and so is drain, which ends the service.
 """
 
 import json
@@ -130,7 +130,7 @@ RIGHT: list[tuple[str, str, Body | None, Body | None]] = [
     ("/step", "POST", {"token_ids": [[7]], "sample": {"temperature": 0}}, layer_inputs(1, 5) | {"need_weights": True}),
     ("/score", "POST", {"token_ids": [[7, 8]], "token_logprobs": True}, layer_inputs(2, 7)),
     ("/generate", "POST", {"max_tokens": 3}, None),
-    ("/generate", "POST", {"max_tokens": 3, "stream": True, "logprobs": 1}, None),
+    ("/generate", "POST", {"max_tokens": 3, "stream": True, "logprobs": True}, None),
     ("/fork", "POST", {"count": 2}, {"at": 2}),
     ("/truncate", "POST", {"length": 4}, {"length": [2]}),
     ("", "GET", {}, {}),

@@ -99,12 +99,14 @@ def assert_alike(cut: Any, whole: Any, at: str = "") -> None:
         assert cut == whole, at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [use_decoder, use_layer])
 def test_two_ranks_serve_what_one_serves(clients: list[httpx.Client], use: Any) -> None:
     cut, whole = map(use, clients)
     assert_alike(cut, whole)
 
 
+@pytest.mark.slow
 def test_both_have_room_for_as_much_and_say_the_same_of_their_models(clients: list[httpx.Client]) -> None:
     cut, whole = (client.get("/v1/models").json()["data"] for client in clients)
     for card in cut + whole:

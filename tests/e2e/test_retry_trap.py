@@ -10,6 +10,7 @@ import pytest
 from keypast import AppendResult, AsyncClient, Client, Retries, Session
 from tests.e2e.losing_proxy import LosingProxy
 from tests.e2e.test_server import FAKES, Server
+from tests.pace import slow_but
 from tests.service.fakes import KINDS, Kind
 
 DECODER = KINDS["decoder"]
@@ -44,7 +45,7 @@ def inputs(kind: Kind, n: int, past: int) -> Any:
     return kind.inputs(n, past, 1, False)
 
 
-@pytest.mark.parametrize("keep", [0, 20, 400])
+@pytest.mark.parametrize("keep", slow_but([0, 20, 400], {400}))
 def test_the_client_is_never_caught(service: str, proxy: LosingProxy, kind: Kind, keep: int) -> None:
     """Every reply is lost once, whole, in its head or in its body."""
     proxy.keep = keep

@@ -19,6 +19,7 @@ from engine.models.base import LoadOptions as ModelOptions
 from engine.parallel import Parallel, Ranks
 from engine.runner import ModelRunner
 from tests.engine.models import CACHE, Served, backend, reference_model, serve_checkpoint
+from tests.pace import slow_but
 
 MATES = (0, 1, 13)
 ROUTES = ("straight", "forked", "forked earlier", "rolled back", "rolled back inside a block")
@@ -121,7 +122,7 @@ WORLDS: dict[str, Callable[[Path], World]] = {
 }
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", slow_but(WORLDS, {"llama bfloat16", "llama int8", "attention with all options"}))
 def test_every_way_to_a_position_gives_its_bits(name: str, tmp_path: Path) -> None:
     world = WORLDS[name](tmp_path)
     expected = world.outputs(world.chunkings[0], 0, "straight")

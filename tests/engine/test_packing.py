@@ -24,6 +24,7 @@ from engine.packing import pack_int8, pack_plain, unpack_int8
 from engine.runner import ModelRunner
 from tests.engine.models import CACHE, FAMILIES, Served, backend, reference_logits, reference_model
 from tests.engine.test_decoder import words
+from tests.pace import slow_but
 
 CPU = CpuBackend(CACHE)
 ISAS: list[str] = torch.ops.keypast.isas()
@@ -341,7 +342,7 @@ def test_half_precision_stays_as_near_as_without_8_bits(
 
 
 @pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(DTYPES, {torch.bfloat16}))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_position_has_the_same_bits_however_it_is_computed(
     family: str, dtype: torch.dtype, int8: bool, checkpoints: dict[str, tuple[Any, Path]]

@@ -14,6 +14,7 @@ from engine.compat import mindspore
 from engine.compat.convert import to_mindspore
 from engine.layers import MultiHeadAttention
 from tests.engine.attending import attend_in_full, random_layer, rotary_tables
+from tests.pace import slow_but
 
 HIDDEN, HEADS, SLOTS, STEPS = 16, 4, 220, 200
 LENGTHS = [0, 3, 17]  # of each row, before the first step
@@ -96,7 +97,7 @@ def check_self_attention(name: str, backend: str) -> None:
             assert not got[..., seen:SLOTS].any()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(VARIANTS, {"all"}))
 def test_two_hundred_steps_are_one_graph(name: str) -> None:
     check_self_attention(name, "eager")
 

@@ -14,12 +14,13 @@ from engine.loading import LoadOptions
 from engine.team import Team
 from tests.engine.models import CACHE, Served
 from tests.engine.test_attention_model import causal, tensors
+from tests.pace import slow_but
 
 LAYER = "attention:hidden=24,heads=4"
 OPTIONS = LoadOptions(CACHE, kv_memory=8 << 20, dtype="float32", kv_dtype="float32")
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize("end", slow_but([signal.SIGKILL, signal.SIGSTOP], {signal.SIGKILL}), ids=["killed", "stopped"])
 def test_a_rank_that_is_gone_or_hangs_ends_the_engine(end: signal.Signals) -> None:
     before = multiprocessing.active_children()
     team = Team(2, seconds=2)

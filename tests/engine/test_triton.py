@@ -17,11 +17,27 @@ from engine.attention.cuda import TritonBackend, Tuning
 from engine.attention.sdpa import SdpaBackend
 from tests.engine.attention_cases import Case, World, make
 from tests.engine.triton_cases import BRAIN, CASES, HALF, SMALL, check, one_row
+from tests.pace import slow_but
 
 WIDE = replace(SMALL, wide=True)
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = {
+    "ragged",
+    "steps",
+    "nothing",
+    "rows_of_no_query",
+    "half_rotated",
+    "masked_and_causal",
+    "extra_keys_masked",
+    "queries_alone",
+    "more_keys_than_queries",
+    "float16",
+    "bfloat16",
+}
+
+
+@pytest.mark.parametrize("name", slow_but(CASES, FAST))
 def test_case(name: str) -> None:
     case = CASES[name]
     check(case, WIDE if case.cache_dtype == BRAIN else SMALL)

@@ -23,6 +23,7 @@ def compiled(case: str, dtype: str, cache: Path) -> dict[str, Any]:
     return kernels
 
 
+@pytest.mark.slow
 def test_a_step_reads_keys_and_values_by_16_bytes_ahead_of_their_use(tmp_path: Path) -> None:
     kernels = compiled("steps", "float16", tmp_path)
     assert set(kernels) == STEP

@@ -282,7 +282,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("meddle", MEDDLINGS, ids=[meddle.__name__ for meddle in MEDDLINGS])
 @pytest.mark.parametrize(
-    ("backend_name", "zero"), [("sdpa", False), ("cpu", False), ("cpu", True)], ids=["sdpa-stale", "stale", "zeroed"]
+    ("backend_name", "zero"),
+    [pytest.param("sdpa", False, marks=pytest.mark.slow), ("cpu", False), ("cpu", True)],
+    ids=["sdpa-stale", "stale", "zeroed"],
 )
 @pytest.mark.parametrize("kind", INPUTS)
 async def test_what_a_had_in_bs_blocks_changes_no_bit(
