@@ -13,7 +13,7 @@ from service.bodies import Bodies
 from service.direct import Direct
 from service.errors import add_handlers
 from service.lifecycle import Load, Service
-from service.limits import RequestRate
+from service.limits import RequestRate, Turnstile
 from service.logs import RequestLog
 from service.metrics import Exposition
 from service.routes import (
@@ -65,7 +65,9 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
     openapi.install(app, PUBLIC)
     app.add_middleware(Direct, inference.router.routes)
     app.add_middleware(Bodies, settings.body_seconds, settings.bodies_bytes)
-    app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute))
+    guaranteed = [tenant for tenant, quota in settings.tenant_quotas.items() if quota.guaranteed_blocks]
+    turnstile = Turnstile(guaranteed, settings.guard_requests)
+    app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute), turnstile)
     app.add_middleware(RequestLog, app.state.traffic)
     return app
 

@@ -4,6 +4,7 @@ that are yet to be written included.
 Without keys everybody is the same tenant, and nobody is an admin; such a service listens on this machine only.
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +16,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keypast.keys import KeyRecord, KeysError, Role, find_key, parse_keys, read_keys
 from service.errors import Forbidden, Unauthorized, problem_response
-from service.limits import RequestRate
+from service.limits import RequestRate, Turnstile
 from service.logs import logger
 
 PUBLIC = {"/livez", "/readyz"}  # what a load balancer asks; they say nothing of anybody
 METRICS = "/metrics"  # of everybody's sessions together
+WATCHED = {*PUBLIC, METRICS}  # who watches the service waits for nobody's turn
 LOOK_EVERY = 1.0  # seconds between two looks at the file
 
 
@@ -110,12 +112,14 @@ class KeyRing:
 
 
 class Authenticate:
-    """Lets through who has a key, within its tenant's rate, and says who it is: `scope["state"]["caller"]`."""
+    """Lets through who has a key, within its tenant's rate and in its turn, and says who it is:
+    `scope["state"]["caller"]`."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, rate: RequestRate) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, rate: RequestRate, turnstile: Turnstile) -> None:
         self._app = app
         self._keys = keys
         self._rate = rate
+        self._turnstile = turnstile
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -125,6 +129,8 @@ class Authenticate:
         elif (refusal := self._refuses(scope)) is not None:
             await problem_response(Request(scope), refusal)(scope, receive, send)
         else:
+            if scope["path"] not in WATCHED and (seconds := self._turnstile.wait_seconds(_caller(scope).tenant)):
+                await asyncio.sleep(seconds)
             await self._app(scope, receive, send)
 
     def _refuses(self, scope: Scope) -> Exception | None:
@@ -142,9 +148,13 @@ class Authenticate:
         return None
 
 
-def caller_of(request: Request) -> Caller:
-    caller: Caller = request.state.caller
+def _caller(scope: Scope) -> Caller:
+    caller: Caller = scope["state"]["caller"]
     return caller
+
+
+def caller_of(request: Request) -> Caller:
+    return _caller(request.scope)
 
 
 async def tenant(request: Request) -> str:

@@ -2,9 +2,10 @@
 at 200 levels. How many names a body has is counted where it is parsed."""
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from fastapi import Request
 from pydantic import BaseModel
 
 from engine.errors import QueueFull, QuotaExceeded
+from engine.turns import GUARDED
 from keypast.wire import JSON_TYPE, SAFETENSORS_TYPE, UnsupportedMediaError, is_safetensors, validated
 from service.errors import BodyTooLarge
 from service.settings import Settings
@@ -45,6 +47,34 @@ class RequestRate:
             message = f"the quota is {self._per_minute} requests a minute"
             raise QuotaExceeded(message, over * 60 / self._per_minute)
         self._made[tenant] = made + 1, now
+
+
+class Turnstile:
+    """While a tenant with a guarantee is at work, the requests of all others come in one after the other, so that the
+    event loop has time for its own. They wait in the order in which they came; nobody is refused.
+    """
+
+    def __init__(
+        self, guaranteed: Collection[str], per_second: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`per_second`: 0 for no bound."""
+        self._guaranteed = frozenset(guaranteed) if per_second else frozenset()
+        self._gap = 1 / max(1, per_second)
+        self._clock = clock
+        self._until = self._next = -math.inf
+
+    def wait_seconds(self, tenant: str) -> float:
+        """How long a request that comes now has to wait."""
+        if not self._guaranteed:
+            return 0.0
+        now = self._clock()
+        if tenant in self._guaranteed:
+            self._until = now + GUARDED
+            return 0.0
+        if now >= self._until:
+            return 0.0
+        self._next = max(self._next + self._gap, now)
+        return self._next - now
 
 
 class OpenStreams:

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
         ge=1,
         description="positions of one batch that others have while a tenant with guaranteed blocks is at work",
     )
+    guard_requests: int = Field(
+        default=500, ge=0, description="requests a second that others make meanwhile, the rest waits; 0 for no bound"
+    )
     max_rows: int = Field(default=256, ge=1, description="rows of one batch")
     gather_share: float = Field(
         default=0.5,

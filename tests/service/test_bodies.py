@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Callable
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from starlette.types import Message
 
 from engine.errors import QuotaExceeded
+from engine.turns import GUARDED
+from keypast.keys import new_key
 from keypast.schemas import CreateSession, GenerateRequest, PrefillRequest, Request
 from keypast.wire import MAX_ERRORS, MAX_NAMES, MalformedError, WireError, validated
 from service.bodies import AT_ONCE, FEW, FINE, UNCOUNTED, Pieces, Room, Unpacked
 from service.errors import BodiesFull, BodyTooFine, BodyTooSlow
-from service.limits import RequestRate
+from service.limits import RequestRate, Turnstile
 from tests.service.conftest import Running, Start, until
 from tests.service.fakes import KINDS, Kind
 from tests.service.raw_client import RawRequest
@@ -204,7 +207,7 @@ async def test_more_bodies_than_there_is_room_for_are_503_until_some_are_done(st
     long = json.dumps(DECODER.json(3)).encode() + b" " * (UNCOUNTED + 120_000)
     running.fakes.decoder.gate.clear()
     held = asyncio.create_task(running.client.post(paths[0], content=long))
-    await until(lambda: not running.fakes.engine.idle)
+    await until(running.fakes.decoder.entered.is_set)
     before = running.state()
     for body, headers in ((long, {}), (gzip.compress(long), {"content-encoding": "gzip"})):
         refused = await running.client.post(paths[1], content=body, headers=headers)
@@ -320,3 +323,46 @@ def test_no_rate_refuses_nobody() -> None:
     rate = RequestRate(0, lambda: 0.0)
     for _ in range(10_000):
         rate.take("a")
+
+
+# ---- who waits for whom ----------------------------------------------------------------------------------------------
+
+
+def test_others_come_in_one_after_the_other_while_a_guaranteed_tenant_is_at_work() -> None:
+    now = 10.0
+    turnstile = Turnstile(["gold"], 100, lambda: now)
+    assert [turnstile.wait_seconds("a"), turnstile.wait_seconds("b")] == [0, 0]
+    assert turnstile.wait_seconds("gold") == 0
+    waits = [turnstile.wait_seconds(tenant) for tenant in ("a", "a", "gold", "b", "a")]
+    assert waits == pytest.approx([0, 0.01, 0, 0.02, 0.03])
+    now += 0.035  # all of them are in, and the next would be at 0.04
+    assert turnstile.wait_seconds("b") == pytest.approx(0.005)
+    now += GUARDED + 0.001
+    assert [turnstile.wait_seconds("a"), turnstile.wait_seconds("a")] == [0, 0]
+
+
+def test_without_a_guarantee_or_a_bound_nobody_waits() -> None:
+    for turnstile in (Turnstile([], 100, lambda: 0.0), Turnstile(["gold"], 0, lambda: 0.0)):
+        assert {turnstile.wait_seconds(tenant) for tenant in ("gold", "a", "a", "a")} == {0}
+
+
+async def test_a_flood_waits_and_who_watches_or_is_guaranteed_does_not(start: Start) -> None:
+    gold, gold_record = new_key("gold")
+    flood, flood_record = new_key("flood")
+    settings: dict[str, object] = {
+        "keys": f"{gold_record.line()};{flood_record.line()}",
+        "quotas": {"gold": {"guaranteed_blocks": 4}},
+        "guard_requests": 2,  # the second of others waits for half a second
+    }
+    running: Running = await start(settings=settings)
+
+    async def ask(key: str, path: str = "/v1/sessions") -> float:
+        began = time.perf_counter()
+        reply = await running.client.get(path, headers={"authorization": f"Bearer {key}"})
+        assert reply.status_code == 200
+        return time.perf_counter() - began
+
+    await ask(gold)
+    own, *others, watching = await asyncio.gather(ask(gold), ask(flood), ask(flood), ask(flood, "/readyz"))
+    assert max(others) >= 0.45
+    assert max(own, watching) < max(others)
