@@ -80,5 +80,5 @@ $(VENV)/.server: pyproject.toml constraints.txt $(wildcard engine/kernels/*.cpp 
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "installing what tests and checks need"
-	@$(PIP) install -c constraints.txt -e '.[server,dev]'
+	@$(PIP) install -c constraints.txt -e '.[server,loadtest,dev]'
 	@touch $@

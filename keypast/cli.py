@@ -14,6 +14,7 @@ from keypast._terminal import Url, advice, console, failed, open_client
 from keypast.chat import Chat, ChatOptions
 from keypast.chat import advice as chat_advice
 from keypast.cli_keys import keys
+from keypast.cli_loadtest import EPILOG, loadtest
 from keypast.cli_sessions import sessions
 from keypast.client import Client
 from keypast.errors import KeypastError
@@ -21,6 +22,7 @@ from keypast.errors import KeypastError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(sessions, name="sessions")
 app.add_typer(keys, name="keys")
+app.command(epilog=EPILOG)(loadtest)
 
 
 @app.callback()

@@ -1,0 +1,131 @@
+"""A plot as inline SVG. Colours come from the page's style: `--c0` and so on, `--ink`, `--faint`."""
+
+import math
+from html import escape
+
+from keypast.loadtest.plots import Line, Plot
+
+WIDTH, HEIGHT = 640, 300
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 34
+COLOURS = 9
+NINES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99)
+LAST = 99.99  # percentile at the right end; the maximum is drawn there
+
+
+def svg(plot: Plot) -> str:
+    axes = Axes(plot)
+    parts = [
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}">',
+        f'<text class="title" x="{LEFT}" y="16">{escape(plot.title)}</text>',
+        *_grid(plot, axes),
+        *(part for at, line in enumerate(plot.lines) for part in _line(line, at, axes)),
+        *_legend(plot),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+class Axes:
+    """From values to places."""
+
+    def __init__(self, plot: Plot) -> None:
+        points = [point for line in plot.lines for point in line.points]
+        self._plot = plot
+        self._end = max((x for x, _ in points), default=1.0) or 1.0
+        high = max((y for _, y in points), default=1.0)
+        positive = [y for _, y in points if y > 0]
+        self.low = min(positive, default=high) if plot.log else 0.0
+        if plot.log:
+            self.low = 10 ** math.floor(math.log10(max(1e-3, self.low)))
+            self.high = max(self.low * 10, _round_up_log(high))
+        else:
+            self.high = _round_up(high)
+
+    def x(self, value: float) -> float:
+        if self._plot.x == "seconds":
+            share = value / self._end
+        else:
+            share = math.log10(1 - min(value, LAST) / 100) / math.log10(1 - LAST / 100)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        if self._plot.log:
+            share = math.log10(max(value, self.low) / self.low) / math.log10(self.high / self.low)
+        else:
+            share = value / self.high
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def ticks_x(self) -> list[tuple[float, str]]:
+        if self._plot.x == "percentile":
+            return [(at, f"p{at:g}" if at else "min") for at in NINES]
+        step = _round_up(self._end / 6)
+        return [(step * at, f"{step * at:g} s") for at in range(int(self._end / step + 1e-9) + 1)]
+
+    def ticks_y(self) -> list[tuple[float, str]]:
+        if not self._plot.log:
+            return [(self.high * at / 4, _short(self.high * at / 4)) for at in range(5)]
+        powers = range(round(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        digits = (1,) if self.high / self.low > 1e3 else (1, 2, 5)
+        values = (digit * 10.0**power for power in powers for digit in digits)
+        return [(value, _short(value)) for value in values if self.low <= value <= self.high * 1.001]
+
+
+def _grid(plot: Plot, axes: Axes) -> list[str]:
+    parts = [f'<text class="unit" x="{LEFT - 8}" y="{TOP - 4}" text-anchor="end">{escape(plot.y)}</text>']
+    for value, label in axes.ticks_y():
+        y = axes.y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    ticks = axes.ticks_x()
+    for value, label in ticks:
+        x = axes.x(value)
+        anchor = "end" if x > WIDTH - RIGHT - 20 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="{anchor}">{label}</text>')
+    return parts
+
+
+def _line(line: Line, at: int, axes: Axes) -> list[str]:
+    if not line.points:
+        return []
+    places = [f"{axes.x(x):.1f},{axes.y(y):.1f}" for x, y in line.points]
+    colour = f"var(--c{at % COLOURS})"
+    parts = []
+    if line.filled:
+        floor = HEIGHT - BOTTOM
+        ends = f"{axes.x(line.points[0][0]):.1f},{floor} {' '.join(places)} {axes.x(line.points[-1][0]):.1f},{floor}"
+        parts.append(f'<polygon points="{ends}" fill="{colour}" fill-opacity="0.15"/>')
+    parts.append(f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+    return parts
+
+
+def _legend(plot: Plot) -> list[str]:
+    """At the right of the title; one line needs none."""
+    if len(plot.lines) < 2:
+        return []
+    parts, x = [], float(WIDTH - RIGHT)
+    for at, line in reversed(list(enumerate(plot.lines))):
+        x -= 6.6 * len(line.label)
+        parts.append(f'<text x="{x:.1f}" y="16">{escape(line.label)}</text>')
+        parts.append(f'<rect x="{x - 13:.1f}" y="8" width="9" height="9" rx="2" fill="var(--c{at % COLOURS})"/>')
+        x -= 26
+    return parts
+
+
+def _round_up(value: float) -> float:
+    """To 1, 2, 2.5, 4, 5, 6 or 8 times a power of ten."""
+    if value <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next((step * power for step in (1, 2, 2.5, 4, 5, 6, 8) if step * power >= value * 0.999), 10 * power)
+
+
+def _round_up_log(value: float) -> float:
+    power = 10.0 ** math.floor(math.log10(max(value, 1e-3)))
+    return next((step * power for step in (1, 2, 5) if step * power >= value), 10 * power)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:.3g}"
