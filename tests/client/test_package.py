@@ -10,7 +10,7 @@ from pydantic import BaseModel
 import keypast
 from keypast import schemas
 
-TORCH = ("torch", "transformers")
+TORCH = ("torch", "transformers", "hdrh", "matplotlib")
 
 
 @pytest.mark.parametrize(
