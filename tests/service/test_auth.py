@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -129,11 +131,10 @@ async def test_a_refused_request_is_not_read(guarded: Running) -> None:
     assert reply.status_code == 401
 
 
-async def test_another_tenants_session_is_as_one_that_never_was(guarded: Running, kind: Kind) -> None:
-    created = await guarded.client.post("/v1/sessions", json={"model": kind.model, "id": "mine"}, headers=bearer(ALICE))
-    assert created.status_code == 201
+def asked_of_a_session(kind: Kind) -> list[tuple[str, str, dict[str, Any]]]:
+    """Method, the path after the session's, and what is sent."""
     binary = kind.binary(3)
-    asked: list[tuple[str, str, dict[str, Any]]] = [
+    return [
         ("GET", "", {}),
         ("DELETE", "", {}),
         ("PATCH", "", {"json": {"pinned": True}}),
@@ -146,6 +147,12 @@ async def test_another_tenants_session_is_as_one_that_never_was(guarded: Running
         ("GET", "/past", {}),
         ("PUT", "/past", {"content": binary["content"], "headers": binary["headers"]}),
     ]
+
+
+async def test_another_tenants_session_is_as_one_that_never_was(guarded: Running, kind: Kind) -> None:
+    created = await guarded.client.post("/v1/sessions", json={"model": kind.model, "id": "mine"}, headers=bearer(ALICE))
+    assert created.status_code == 201
+    asked = asked_of_a_session(kind)
     assert {path for _, path in routes(guarded) if "/sessions/a" in path} == {f"/v1/sessions/a{v}" for _, v, _ in asked}
     for method, verb, arguments in asked:
         headers = {**arguments.pop("headers", {}), **bearer(BOB), "x-request-id": "r-1", "if-match": '"0"'}
@@ -165,6 +172,40 @@ async def test_another_tenants_session_is_as_one_that_never_was(guarded: Running
     assert again.status_code == 201, "its id is free in every other tenant"
     mine = await guarded.client.get("/v1/sessions/mine", headers=bearer(ALICE))
     assert (mine.json()["version"], mine.json()["pinned"]) == (0, False)
+
+
+def lines_run(root: Path, lines: list[tuple[str, int]]) -> Callable[..., Any]:
+    """For sys.settrace: each line of the product that runs, in order."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        at = Path(frame.f_code.co_filename)
+        if not any(at.is_relative_to(root / room) for room in ("service", "engine", "keypast")):
+            return None
+        if event == "line":
+            lines.append((at.name, frame.f_lineno))
+        return trace
+
+    return trace
+
+
+async def test_another_tenants_session_costs_what_one_costs_that_never_was(guarded: Running, kind: Kind) -> None:
+    """The time of an answer tells nothing: line by line the same is done for both."""
+    created = await guarded.client.post("/v1/sessions", json={"model": kind.model, "id": "mine"}, headers=bearer(ALICE))
+    assert created.status_code == 201
+    for method, verb, arguments in asked_of_a_session(kind):
+        headers = {**arguments.pop("headers", {}), **bearer(BOB), "x-request-id": "r-1"}
+        runs: list[list[tuple[str, int]]] = []
+        for name in ("ours", "mine", "ours"):  # the first time something may be put by
+            runs.append([])
+            before = sys.gettrace()
+            sys.settrace(lines_run(Path(__file__).parents[2], runs[-1]))
+            try:
+                reply = await guarded.client.request(method, f"/v1/sessions/{name}{verb}", headers=headers, **arguments)
+            finally:
+                sys.settrace(before)
+            assert reply.status_code == 404
+        assert runs[1] == runs[2], verb
+        assert len(runs[1]) > 50
 
 
 async def test_admins_routes_are_for_admins(guarded: Running) -> None:
