@@ -1,6 +1,7 @@
 """A plot as inline SVG. Colours come from the page's style: `--c0` and so on, `--ink`, `--faint`."""
 
 import math
+from collections.abc import Iterable
 from html import escape
 
 from keypast.loadtest.plots import Line, Plot
@@ -9,6 +10,7 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 34
 COLOURS = 9
 NINES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99)
+LEAST = 1e-9  # what is less cannot be divided by, and is nothing
 LAST = 99.99  # percentile at the right end; the maximum is drawn there
 
 
@@ -31,8 +33,8 @@ class Axes:
     def __init__(self, plot: Plot) -> None:
         points = [point for line in plot.lines for point in line.points]
         self._plot = plot
-        self._end = max((x for x, _ in points), default=1.0) or 1.0
-        high = max((y for _, y in points), default=1.0)
+        self._end = _end(x for x, _ in points)
+        high = _end(y for _, y in points)
         positive = [y for _, y in points if y > 0]
         self.low = min(positive, default=high) if plot.log else 0.0
         if plot.log:
@@ -109,6 +111,12 @@ def _legend(plot: Plot) -> list[str]:
         parts.append(f'<rect x="{x - 13:.1f}" y="8" width="9" height="9" rx="2" fill="var(--c{at % COLOURS})"/>')
         x -= 26
     return parts
+
+
+def _end(values: Iterable[float]) -> float:
+    """Of an axis that is to show them all."""
+    largest = max(values, default=0.0)
+    return largest if largest >= LEAST else 1.0
 
 
 def _round_up(value: float) -> float:

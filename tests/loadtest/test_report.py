@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -131,6 +131,7 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
 numbers = st.floats(0, 1e9)
 
 
+@example([(0.0, 5e-324), (5e-324, 0.0)], False, False)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5), st.booleans(), st.booleans())
 def test_any_points_are_drawn_inside(points: list[tuple[float, float]], log: bool, percentile: bool) -> None:
     if percentile:
