@@ -278,7 +278,7 @@ class Command:
         if "find_max" in more:
             best = more["find_max"]["rate"]
             grid.add_row("find-max", "no rate held" if best is None else f"{best:g} visits a second", style="bold")
-        shown.print(grid)
+        shown.print(grid, "")
 
     def _write(self, result: "Report", folder: Path) -> None:
         from keypast.loadtest import png

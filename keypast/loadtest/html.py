@@ -33,6 +33,7 @@ tr.dim td { color: var(--faint); } td.text { text-align: left; white-space: norm
 .plots > div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
 svg text.title { font-size: 13px; font-weight: 600; fill: var(--ink); } svg .grid { stroke: var(--line); }
+svg .warmup { fill: var(--faint); fill-opacity: 0.1; }
 .MISSED { color: var(--bad); font-weight: 600; } .warning { color: var(--bad); } .holds { color: var(--good); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; overflow-x: auto; }
 """

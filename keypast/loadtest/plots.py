@@ -1,5 +1,6 @@
 """What is drawn of a report, as data: `svg` and `png` know how."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,8 @@ from keypast.loadtest.report import Report
 
 SHOWN = ("turn", "ttft", "inter_token", "prefill", "step", "fork", "request", "queue", "compute")
 MAIN = ("turn", "step", "request", "prefill", "fork")  # whose percentiles over time are drawn: the first that there is
+TITLES = {"ttft": "Time to first token", "inter_token": "Time between tokens"}
+RATES = {"operations": "Operations", "output_tokens": "Tokens", "positions": "Positions", "errors": "Errors"}
 Points = list[tuple[float, float]]
 
 
@@ -21,7 +24,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """`x`: seconds, or a percentile, drawn so that every nine has the same room. `log`: the y axis is logarithmic."""
+    """`x`: seconds, or a percentile, drawn so that every nine has the same room. `y` is its unit; `log`: that axis is
+    logarithmic. `warmup`: seconds that were not measured."""
 
     name: str
     title: str
@@ -29,6 +33,7 @@ class Plot:
     lines: list[Line]
     x: Literal["seconds", "percentile"] = "seconds"
     log: bool = False
+    warmup: float = 0.0
 
 
 def plots(told: Report) -> list[Plot]:
@@ -49,28 +54,24 @@ def _over_time(told: Report) -> list[Plot]:
             Line(at, [(point.at, point.measures[name][at]) for point in told.series if name in point.measures])
             for at in ("p50", "p95", "p99")
         ]
-        title = f"{name.replace('_', ' ').capitalize() if name != 'ttft' else 'Time to first token'} over time"
-        found.append(Plot(f"{name}_over_time", title, "ms", lines, log=True))
+        title = TITLES.get(name, name.capitalize())
+        found.append(Plot(f"{name}_over_time", title, "ms", lines, log=True, warmup=told.warmup))
     return found
 
 
 def _throughput(told: Report) -> list[Plot]:
     found = []
     inside = [point for point in told.series if point.at <= told.warmup + told.window]
-    for name, title in (("operations", "Operations"), ("output_tokens", "Tokens"), ("positions", "Positions")):
+    for name, title in RATES.items():
         points = [(point.at, float(getattr(point, name))) for point in inside]
         if any(value for _, value in points):
-            found.append(
-                Plot(f"{name}_over_time", f"{title} a second", f"{title.lower()}/s", [Line(name, points, True)])
-            )
-    points = [(point.at, point.errors) for point in inside]
-    if any(value for _, value in points):
-        found.append(Plot("errors_over_time", "Errors a second", "errors/s", [Line("errors", points, True)]))
+            lines = [Line(name, points, filled=True)]
+            found.append(Plot(f"{name}_over_time", title, "1/s", lines, warmup=told.warmup))
     return found
 
 
 def _memory(told: Report) -> list[Plot]:
-    """Blocks in use; all that there are is in the title."""
+    """Blocks in use."""
     found = []
     for model, points in told.memory.items():
         if any(used for _, used, _, _ in points):
@@ -78,6 +79,7 @@ def _memory(told: Report) -> list[Plot]:
                 Line("used", [(at, float(used)) for at, used, _, _ in points], True),
                 Line("shared", [(at, float(shared)) for at, _, shared, _ in points]),
             ]
-            title = f"KV blocks of {model}, of {points[-1][3]:,}"
-            found.append(Plot(f"memory_{model}", title, "blocks", lines))
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", model)  # it becomes a file's
+            unit = f"KV blocks, of {points[-1][3]:,}"
+            found.append(Plot(f"memory_{name}", f"Memory of {model}", unit, lines, warmup=told.warmup))
     return found

@@ -41,19 +41,20 @@ class Progress:
     def __call__(self, run: Run) -> None:
         if self._live is not None:
             self._live.update(Group(self._head(run), table(run), Text(errors(run), style="red")))
-        elif run.now // EVERY != self._told:
-            self._told = run.now // EVERY
+        elif (period := max(0.0, run.now) // EVERY) != self._told:
+            self._told = period
             self.say(f"{self._title(run)}, {_rate(run)}  {errors(run)}".rstrip())
 
     def _title(self, run: Run) -> str:
-        warming = " (warming up)" if run.now < run.plan.warmup else ""
-        return f"{self.title}{max(0.0, run.now):.0f} s{warming}, {sum(run.active.values())} visits run"
+        phase = " (warming up)" if run.now < run.plan.warmup else " (ending)" if run.now > run.plan.seconds else ""
+        active = sum(run.active.values())
+        return f"{self.title}{max(0.0, run.now):.0f} s{phase}, {active} {'visit runs' if active == 1 else 'visits run'}"
 
     def _head(self, run: Run) -> Table:
         plan, head = run.plan, Table.grid(padding=(0, 2))
         done, total = max(0.0, run.now), plan.seconds
         if plan.count is not None:
-            done, total = run.record.window["ended"] + run.record.window["failed"], plan.count
+            done, total = run.record.counts["ended"] + run.record.counts["failed"], plan.count
         memory = "  ".join(
             f"{name} {points[-1][1]:,} of {points[-1][3]:,} blocks" for name, points in run.memory.items()
         )

@@ -145,6 +145,7 @@ class Record:
 
     def __init__(self) -> None:
         self.totals: dict[str, HdrHistogram] = {}
+        self.counts: Counter[str] = Counter()  # of all of it
         self.window: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
         self.series: dict[int, list[Snapshot]] = {}
@@ -152,6 +153,7 @@ class Record:
     def add(self, snapshot: Snapshot) -> None:
         for name, encoded in snapshot.measures.items():
             self.totals.setdefault(name, new_histogram()).decode_and_add(encoded)
+        self.counts.update(snapshot.counts)
         self.window.update(snapshot.window)
         self.errors.update(snapshot.errors)
         self.series.setdefault(snapshot.interval, []).append(snapshot)

@@ -51,7 +51,7 @@ class Point(BaseModel):
 
 class Report(BaseModel):
     """Times in ms, rates a second. `window` is the measured seconds: without the warm-up, until the last reply of a run
-    by count. `busy` is each worker's share of a core."""
+    by count. `visits` are those of the whole run, the warm-up's too. `busy` is each worker's share of a core."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -107,9 +107,10 @@ class Report(BaseModel):
 
 def report(run: Run) -> Report:
     plan, record = run.plan, run.record
-    window = max(1e-9, min(plan.seconds, run.elapsed) - plan.warmup)
+    whole = plan.count is None and not run.stopped
+    window = max(1e-9, (plan.seconds if whole else min(plan.seconds, run.elapsed)) - plan.warmup)
     done = record.window
-    visits = {name: done[name] for name in ("begun", "ended", "failed", "cut")}
+    visits = {name: record.counts[name] for name in ("begun", "ended", "failed", "cut")}
     counts = {name: done[name] for name in ("operations", "requests", "prompt_tokens", "output_tokens", "positions")}
     failed = sum(record.errors.values())
     measured = sum(record.totals[name].get_total_count() for name in record.totals if name in OPERATIONS)
@@ -134,8 +135,7 @@ def report(run: Run) -> Report:
         stopped=run.stopped,
         visits=visits,
         counts=counts,
-        rates={"visits": round(visits["ended"] / window, 3)}
-        | {k: round(v / window, 3) for k, v in counts.items() if v},
+        rates={"visits": round(done["ended"] / window, 3)} | {k: round(v / window, 3) for k, v in counts.items() if v},
         measures={name: summary(record.totals[name]) for name in names},
         errors=dict(record.errors.most_common()),
         error_share=round(share, 6),

@@ -7,7 +7,9 @@ from html import escape
 from keypast.loadtest.plots import Line, Plot
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 34
+LEFT, RIGHT, BOTTOM = 46, 14, 30
+TOP, LEGEND = 30, 22  # LEGEND: more, where it has a row of its own
+BESIDE = 4  # lines whose names fit beside the title
 COLOURS = 9
 NINES = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99)
 LEAST = 1e-9  # what is less cannot be divided by, and is nothing
@@ -18,7 +20,7 @@ def svg(plot: Plot) -> str:
     axes = Axes(plot)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(plot.title)}">',
-        f'<text class="title" x="{LEFT}" y="16">{escape(plot.title)}</text>',
+        f'<text class="title" x="{LEFT}" y="16">{escape(plot.title)}, {escape(plot.y)}</text>',
         *_grid(plot, axes),
         *(part for at, line in enumerate(plot.lines) for part in _line(line, at, axes)),
         *_legend(plot),
@@ -33,6 +35,7 @@ class Axes:
     def __init__(self, plot: Plot) -> None:
         points = [point for line in plot.lines for point in line.points]
         self._plot = plot
+        self.top = TOP + (LEGEND if len(plot.lines) > BESIDE else 0)
         self._end = _end(x for x, _ in points)
         high = _end(y for _, y in points)
         positive = [y for _, y in points if y > 0]
@@ -55,7 +58,7 @@ class Axes:
             share = math.log10(max(value, self.low) / self.low) / math.log10(self.high / self.low)
         else:
             share = value / self.high
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - share * (HEIGHT - self.top - BOTTOM)
 
     def ticks_x(self) -> list[tuple[float, str]]:
         if self._plot.x == "percentile":
@@ -73,7 +76,11 @@ class Axes:
 
 
 def _grid(plot: Plot, axes: Axes) -> list[str]:
-    parts = [f'<text class="unit" x="{LEFT - 8}" y="{TOP - 4}" text-anchor="end">{escape(plot.y)}</text>']
+    parts = []
+    if plot.warmup:
+        width = axes.x(plot.warmup) - LEFT
+        place = f'x="{LEFT}" y="{axes.top}" width="{width:.1f}" height="{HEIGHT - BOTTOM - axes.top}"'
+        parts.append(f'<rect class="warmup" {place}><title>warm-up</title></rect>')
     for value, label in axes.ticks_y():
         y = axes.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -101,15 +108,17 @@ def _line(line: Line, at: int, axes: Axes) -> list[str]:
 
 
 def _legend(plot: Plot) -> list[str]:
-    """At the right of the title; one line needs none."""
+    """At the right of the title, or below it; one line needs none."""
     if len(plot.lines) < 2:
         return []
-    parts, x = [], float(WIDTH - RIGHT)
-    for at, line in reversed(list(enumerate(plot.lines))):
-        x -= 6.6 * len(line.label)
-        parts.append(f'<text x="{x:.1f}" y="16">{escape(line.label)}</text>')
-        parts.append(f'<rect x="{x - 13:.1f}" y="8" width="9" height="9" rx="2" fill="var(--c{at % COLOURS})"/>')
-        x -= 26
+    widths = [6.4 * len(line.label) + 28 for line in plot.lines]
+    y = 16.0 if len(plot.lines) <= BESIDE else 16.0 + LEGEND
+    x = float(LEFT) if y > 16 else WIDTH - RIGHT - sum(widths) + 12
+    parts = []
+    for at, (line, width) in enumerate(zip(plot.lines, widths, strict=True)):
+        parts.append(f'<rect x="{x:.1f}" y="{y - 8}" width="9" height="9" rx="2" fill="var(--c{at % COLOURS})"/>')
+        parts.append(f'<text x="{x + 13:.1f}" y="{y}">{escape(line.label)}</text>')
+        x += width
     return parts
 
 
@@ -124,7 +133,7 @@ def _round_up(value: float) -> float:
     if value <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
-    return next((step * power for step in (1, 2, 2.5, 4, 5, 6, 8) if step * power >= value * 0.999), 10 * power)
+    return next((step * power for step in (1, 2, 2.5, 4, 5, 6, 8) if step * power >= value * (1 - 1e-9)), 10 * power)
 
 
 def _round_up_log(value: float) -> float:

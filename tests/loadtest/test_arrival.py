@@ -57,13 +57,12 @@ async def test_a_wait_is_neither_short_nor_a_millisecond_long() -> None:
     late = []
     with Clock() as clock:
         waiting = asyncio.create_task(clock.until(clock.now() + 60))
-        for number in range(40):
-            due = clock.now() + 0.0007 * (number % 7)
+        for _ in range(60):
+            due = clock.now() + 0.0003  # which asyncio.sleep makes a whole millisecond
             await clock.until(due)
             late.append(clock.now() - due)
         waiting.cancel()
-    assert min(late) >= -1e-4
-    assert statistics.median(late) < 1e-3
+    assert -1e-4 <= min(late) < 4e-4  # the best of them: the machine may be busy
 
 
 async def test_waits_end_in_their_order() -> None:
