@@ -5,9 +5,10 @@ import socket
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
-from keypast import Client
+from keypast import Client, Retries, errors
 from tests.e2e.test_server import FAKES, Server
 
 
@@ -17,9 +18,14 @@ def address() -> Iterator[str]:
         yield server.address()
 
 
-def raw(address: str, head: str) -> socket.socket:
+def raw(address: str, head: str, room: int | None = None) -> socket.socket:
+    """A connection that has asked for events. `room`: bytes that it takes unread."""
     host, _, port = address.removeprefix("http://").partition(":")
-    connection = socket.create_connection((host, int(port)), timeout=20)
+    connection = socket.socket()
+    connection.settimeout(20)
+    if room is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, room)
+    connection.connect((host, int(port)))
     connection.sendall(f"{head} /v1/events HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     return connection
 
@@ -54,6 +60,25 @@ def test_readers_that_leave_or_do_not_read_hold_up_nobody(address: str) -> None:
             session.delete()
             assert next(feed).type == "deleted"
         lazy.close()
+
+
+@pytest.mark.slow
+def test_a_reader_who_takes_nothing_is_let_go() -> None:
+    """Its place is free for another, once what is on the way to it is more than the connection holds."""
+    with Server("tests.e2e.quick_service", stall_seconds="0.5", max_event_streams="1") as server:
+        address = server.address()
+        with raw(address, "GET", room=4096) as lazy, Client(address, retries=Retries(limit=0)) as client:
+            parent = client.sessions.create("echo")
+            assert lazy.recv(12) == b"HTTP/1.1 200"
+            with pytest.raises(errors.Refused):
+                next(client.events())
+            until = time.monotonic() + 60
+            while time.monotonic() < until:
+                parent.fork(256)  # as many events
+                with httpx.stream("GET", f"{address}/v1/events") as another:
+                    if another.status_code == 200:
+                        break
+            assert another.status_code == 200
 
 
 def test_a_head_request_ends(address: str) -> None:

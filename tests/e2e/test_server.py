@@ -54,7 +54,7 @@ class Server:
         """Waits until it says where it is."""
         return self.line(r"keypast serves .* on (http://\S+)")[1]
 
-    def line(self, pattern: str, seconds: float = 60) -> re.Match[str]:
+    def line(self, pattern: str, seconds: float = 100) -> re.Match[str]:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
