@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 # Tests run side by side on so many cores.
 WORKERS ?= 2
 
-.PHONY: help serve install test test-slow check format bench bench-peers gpu-check clean
+.PHONY: help serve install test test-slow check format reference docs bench bench-peers gpu-check clean
 
 help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
@@ -40,6 +40,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# What of docs/ is written by programs.
+reference: $(VENV)/.server
+	$(BIN)/python -m tools.write
 
 bench: $(VENV)/.server
 	$(BIN)/python -m benchmarks.engine_step

@@ -17,7 +17,7 @@ from service.streams import EVENT_STREAM
 Documented = dict[int | str, dict[str, Any]]
 
 _REFS = "#/components/schemas/"
-_MEANINGS = {
+MEANINGS = {
     401: "No valid API key, where the service has keys.",
     403: "The key is valid, and not for this.",
     400: "The body is not JSON, or not a safetensors file.",
@@ -132,14 +132,14 @@ def event_stream(*told: type[BaseModel]) -> dict[str, Any]:
 def problems(*statuses: int) -> Documented:
     """These, and one entry for all others."""
     content = {PROBLEM_TYPE: {"schema": ref(schemas.Problem)}}
-    named: Documented = {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
+    named: Documented = {status: {"description": MEANINGS[status], "content": content} for status in statuses}
     return {**named, "default": {"description": "Any other refusal.", "content": content}}
 
 
 def refusals(*statuses: int) -> Documented:
     """As `problems`, in the Open Inference Protocol's words."""
     content = {JSON_TYPE: {"schema": ref(oip.Refusal)}}
-    named: Documented = {status: {"description": _MEANINGS[status], "content": content} for status in statuses}
+    named: Documented = {status: {"description": MEANINGS[status], "content": content} for status in statuses}
     return {**named, "default": {"description": "Any other refusal.", "content": content}}
 
 

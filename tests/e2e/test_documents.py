@@ -25,6 +25,9 @@ README = (ROOT / "README.md").read_text()
 SESSIONS = (ROOT / "docs" / "sessions.md").read_text()
 MIGRATING = (ROOT / "docs" / "migrating.md").read_text()
 CLIENTS = (ROOT / "docs" / "clients.md").read_text()
+QUICKSTART = (ROOT / "docs" / "quickstart.md").read_text()
+CONCEPTS = (ROOT / "docs" / "concepts.md").read_text()
+GUIDES = [SESSIONS, CLIENTS, QUICKSTART, CONCEPTS]
 SERVICE = "http://127.0.0.1:8000"
 
 
@@ -96,7 +99,7 @@ def test_migrating_python(code: str, address: str, tmp_path: Path) -> None:
     assert printed.splitlines() == said
 
 
-@pytest.mark.parametrize("code", blocks(SESSIONS, "python") + blocks(CLIENTS, "python"))
+@pytest.mark.parametrize("code", [code for guide in GUIDES for code in blocks(guide, "python")])
 def test_guides_python(code: str, address: str, tmp_path: Path) -> None:
     """A snippet prints what its comments say; in a loop, each time, or each of them in turn. Not every client says the
     scheme."""
@@ -107,17 +110,21 @@ def test_guides_python(code: str, address: str, tmp_path: Path) -> None:
     assert list(dict.fromkeys(printed)) == [line for _, text in said for line in text.split(" | ")]
 
 
-def test_readme_curl(address: str) -> None:
-    lines = curls(README)
-    assert len(lines) > 5
+@pytest.mark.parametrize("document", [README, QUICKSTART], ids=["readme", "quickstart"])
+def test_curl(document: str, address: str) -> None:
+    lines = curls(document)
+    assert len(lines) > 4
     for line in lines:
-        words = shlex.split(line)[1:]
-        url = words.pop().replace("127.0.0.1:8000", address)
-        if words[0] == "--json":
-            reply = httpx.post(url, content=words[1], headers={"Content-Type": "application/json"})
-        else:
-            assert words[0] == "-X"
-            reply = httpx.request(words[1], url)
+        *words, url = shlex.split(line)[1:]
+        url = url.replace("127.0.0.1:8000", address)
+        match words:
+            case ["--json", body]:
+                reply = httpx.post(url, content=body, headers={"Content-Type": "application/json"})
+            case ["-X", method]:
+                reply = httpx.request(method, url)
+            case _:
+                assert not words, line
+                reply = httpx.get(url)
         assert reply.is_success, f"{line}: {reply.text}"
 
 
