@@ -5,7 +5,8 @@
     steps       decoder steps a second at 16 and 64 connections, each stepping its own session, against the same engine
                 in process stepping as many sessions in one batch
 
-The client is raw sockets in this process; server and client share the machine's cores. Bounds: the other side.
+The client is the load tester's connection, in this process; server and client share the machine's cores. Bounds: the
+other side.
 
     python -m benchmarks.http_load [--rounds 5] [--seconds 3] [--save]
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from functools import partial
+from typing import Self
 
 import numpy as np
 
@@ -23,35 +25,32 @@ from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.http import Connection
 from benchmarks.peers.ours import OurEngine
 from benchmarks.peers.servers import Keypast, Process, free_port, prompt
+from keypast.loadtest.connection import Address
+from keypast.loadtest.connection import Connection as Raw
 from keypast.wire import dump_tensors
 
 HIDDEN, CONTEXT, CALLS = 512, 256, 400
 CONNECTIONS = (16, 64)
 
 
-class Raw:
+class Repeated:
     """One request again and again over one keep-alive connection."""
 
     def __init__(self, port: int, path: str, body: bytes, content_type: str) -> None:
-        head = f"POST {path} HTTP/1.1\r\nHost: l\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-        self._port, self._request = port, head.encode() + body
+        self._connection = Raw(Address(f"http://127.0.0.1:{port}"), {"Content-Type": content_type})
+        self._path, self._body = path, body
 
-    async def __aenter__(self) -> "Raw":
-        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        self._writer.close()
+        await self._connection.close()
 
-    async def call(self) -> dict[bytes, bytes]:
+    async def call(self) -> dict[str, str]:
         """The reply's headers."""
-        self._writer.write(self._request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        status, *lines = head[:-4].split(b"\r\n")
-        assert status.startswith(b"HTTP/1.1 200"), head
-        headers = dict(line.lower().split(b": ", 1) for line in lines)
-        await self._reader.readexactly(int(headers[b"content-length"]))
-        return headers
+        reply = await self._connection.request("POST", self._path, self._body)
+        assert reply.status == 200, reply
+        return reply.headers
 
 
 async def open_session(port: int, model: str) -> tuple[Connection, str]:
@@ -70,12 +69,12 @@ async def layer_overhead_ms(port: int) -> float:
         "POST", f"{session}/prefill", {"query": one, "key": one, "value": one, "attention_mask": mask}
     )
     times = []
-    async with Raw(port, f"{session}/step", body, "application/vnd.safetensors") as raw:
+    async with Repeated(port, f"{session}/step", body, "application/vnd.safetensors") as raw:
         for _ in range(CALLS):
             started = time.perf_counter()
             headers = await raw.call()
             elapsed = (time.perf_counter() - started) * 1e3
-            times.append(elapsed - float(headers[b"keypast-compute-ms"]))
+            times.append(elapsed - float(headers["keypast-compute-ms"]))
     await connection.call("DELETE", session)
     await connection.close()
     return statistics.median(times)
@@ -83,7 +82,7 @@ async def layer_overhead_ms(port: int) -> float:
 
 async def echo_ms(port: int, size: int) -> float:
     times = []
-    async with Raw(port, "/echo", b"x" * size, "application/octet-stream") as raw:
+    async with Repeated(port, "/echo", b"x" * size, "application/octet-stream") as raw:
         for _ in range(CALLS):
             started = time.perf_counter()
             await raw.call()
@@ -104,7 +103,7 @@ async def steps_a_second(port: int, connections: int, seconds: float) -> float:
 
     async def drive(session: str) -> int:
         done = 0
-        async with Raw(port, f"{session}/step", body, "application/json") as raw:
+        async with Repeated(port, f"{session}/step", body, "application/json") as raw:
             while time.perf_counter() < until:
                 await raw.call()
                 done += 1

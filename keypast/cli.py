@@ -22,7 +22,6 @@ from keypast.errors import KeypastError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(sessions, name="sessions")
 app.add_typer(keys, name="keys")
-app.command(epilog=EPILOG)(loadtest)
 
 
 @app.callback()
@@ -114,6 +113,9 @@ def chat(
             Chat(client, name, options, console=Console(), read=lambda: input(prompt)).run()
     except KeypastError as error:
         raise failed(chat_advice(error)) from None
+
+
+app.command(epilog=EPILOG)(loadtest)
 
 
 def main() -> None:

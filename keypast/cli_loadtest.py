@@ -31,25 +31,26 @@ LONG = 1e6  # seconds of a run that is bounded by its count
 EPILOG = """
 Examples:
 
-  keypast loadtest chat -c 8 -d 30                        8 users at a time, 30 seconds
+  8 users at a time, for 30 seconds:
+    keypast loadtest chat -c 8 -d 30
+  5 new users a second, whatever the service can take, and a report:
+    keypast loadtest attention --rate 5 --out results
+  A ramp:
+    keypast loadtest chat --rate 1..20 -d 120
+  The highest rate that holds:
+    keypast loadtest chat --find-max --slo ttft.p95=1s,inter_token=100ms
+  Are outputs under load those of a client that is alone?
+    keypast loadtest mixed -c 16 --check 20
+  Another server:
+    keypast loadtest stateless --target openai --url http://127.0.0.1:8080
+  Two reports:
+    keypast loadtest --compare monday/report.json today/report.json
 
-  keypast loadtest attention --rate 5 --out results       5 new users a second, whatever the service can take
+SCENARIO is a .toml or .json file, or one of chat, stateless, attention, steps,
+tree, mixed and ping. --show prints one, to begin a file with.
 
-  keypast loadtest chat --rate 1..20 -d 120               a ramp
-
-  keypast loadtest chat --find-max --slo ttft.p95=1s,inter_token=100ms
-
-  keypast loadtest stateless --target openai --url http://127.0.0.1:8080 --model m
-
-  keypast loadtest mixed -c 16 --check 20                 are outputs those of a client that is alone?
-
-  keypast loadtest --compare monday/report.json today/report.json
-
-SCENARIO is a .toml or .json file or one of: chat, stateless, attention, steps, tree, mixed, ping.
-`--show` prints one, to begin a file with.
-
-Exit codes: 0 done and the SLO held, 1 could not be done, 2 a wrong command line, 3 the SLO was missed or --check found
-different outputs.
+Exit codes: 0 done, and the SLO held; 1 could not be done; 2 a wrong command
+line; 3 the SLO was missed, or --check found different outputs.
 """
 
 
@@ -210,16 +211,15 @@ class Command:
         _last_line(json.dumps(told))
 
     def ceiling(self, seconds: float, connections: int | None) -> None:
-        from keypast.loadtest.ceiling import CONNECTIONS, ceiling
+        from keypast.loadtest.ceiling import CONNECTIONS, ceiling, cpu_us
 
-        table = Table("connections", "workers", "requests/s", "p50 ms", "p99 ms", "busy")
+        table = Table("connections", "workers", "requests/s", "p50 ms", "p99 ms", "busy", "CPU, µs a request")
 
         def told(connections: int, result: "Report") -> None:
             latency, busy = result.measures["request"], " ".join(f"{100 * each:.0f}%" for each in result.busy)
             rate = f"{result.rates['requests']:,.0f}"
-            table.add_row(
-                str(connections), str(result.workers), rate, f"{latency['p50']:g}", f"{latency['p99']:g}", busy
-            )
+            cells = (rate, f"{latency['p50']:g}", f"{latency['p99']:g}", busy, f"{cpu_us(result):g}")
+            table.add_row(str(connections), str(result.workers), *cells)
 
         numbers = CONNECTIONS if connections is None else (connections,)
         found = asyncio.run(ceiling(numbers, self._workers, seconds, told))

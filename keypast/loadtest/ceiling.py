@@ -37,7 +37,8 @@ class Trivial(asyncio.Protocol):
 async def ceiling(
     numbers: Sequence[int], workers: int, seconds: float, told: Callable[[int, Report], None]
 ) -> list[dict[str, Any]]:
-    """Of each number of connections: requests a second, latencies in ms, the workers' share of a core."""
+    """Of each number of connections: requests a second, latencies in ms, the workers' shares of a core, and the µs of
+    CPU that a request cost them."""
     found = []
     async with trivial_server() as url:
         for connections in numbers:
@@ -55,8 +56,13 @@ async def ceiling(
             told(connections, result)
             latency = {at: result.measures["request"][at] for at in ("p50", "p99")}
             figures = {"requests_per_second": result.rates["requests"], **latency, "busy": result.busy}
-            found.append({"connections": connections, "workers": plan.workers, **figures})
+            found.append({"connections": connections, "workers": plan.workers, "cpu_us": cpu_us(result), **figures})
     return found
+
+
+def cpu_us(result: Report) -> float:
+    """Of the workers, for each request: what does not depend on what else the machine does."""
+    return round(1e6 * sum(result.busy) / max(1e-9, result.counts["requests"] / result.window), 1)
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from keypast.loadtest.record import PAPERWORK
 from keypast.loadtest.report import ORDER, Report, digits
 
 COMPARED = ("mean", "p50", "p95", "p99", "max")
@@ -29,7 +30,7 @@ def compare(a: Report, b: Report) -> dict[str, Any]:
 
 
 def table(a: Report, b: Report) -> Table:
-    """Rates, then latencies; a ratio is B over A."""
+    """Rates, then the latencies that users wait for; a ratio is B over A."""
     found = compare(a, b)["ratios"]
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("")
@@ -39,6 +40,8 @@ def table(a: Report, b: Report) -> Table:
         sides = (a.goodput or 0, b.goodput or 0) if name == "goodput" else (a.rates[name], b.rates[name])
         shown.add_row(name.replace("_", " "), "a second", digits(sides[0]), digits(sides[1]), _ratio(ratio, more=True))
     for name, ratios in found.items():
+        if name in (*PAPERWORK, "late"):
+            continue
         shown.add_section()
         for at, ratio in ratios.items():
             first = name if at == next(iter(ratios)) else ""
