@@ -1,7 +1,7 @@
 """One step of the raw attention layer on a session, against the ways in which it is done without one.
 
-Ours is a whole engine step (admit, schedule, project, attend, commit) of one position; the peers are bare torch modules
-without any service around them, on the same weights. Bound: reading the past's keys and values once.
+Ours is measured twice: the layer alone (project, write, attend over the blocks), as the peers are bare torch modules;
+and a whole engine step (admit, schedule, run, commit). Bound: reading the past's keys and values once.
 
     recompute   torch.nn.MultiheadAttention over the whole prefix
     cat         projections, torch.cat onto the cache, scaled_dot_product_attention
@@ -27,6 +27,7 @@ from engine.batch import Append
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loading import LoadOptions, load_model
+from engine.runner import Plan
 
 HIDDEN, HEADS = 1024, 16
 DIM = HIDDEN // HEADS
@@ -92,7 +93,27 @@ class Ours:
     def __init__(self, cache: Path) -> None:
         spec = f"attention:hidden={HIDDEN},heads={HEADS}"
         loaded = load_model("layer", spec, LoadOptions(cache, kv_memory=4 << 30), lambda message: None)
+        self.runner = loaded.runner
         self.engine = Engine([loaded.runner], EngineConfig())
+
+    def layer(self, context: int) -> Callable[[], object]:
+        """A step of the layer alone, on a past of `context` positions in blocks of its own pool."""
+        runner, size = self.runner, EngineConfig().block_size
+        table = np.arange(runner.blocks - 1, runner.blocks - 2 - context // size, -1, dtype=np.int32)
+        shapes = runner.spec.past_tensors(1, context)
+        drawn = np.random.default_rng(0)
+        past = {name: drawn.standard_normal(shape).astype(dtype) for name, (dtype, shape) in shapes.items()}
+        runner.write_past([table.tolist()], [context], past)
+        attention = {
+            "query_start": np.array([0, 1], np.int32),
+            "past_length": np.array([context], np.int32),
+            "present_length": np.array([context + 1], np.int32),
+            "block_table": table[None],
+            "positions": np.array([context]),
+            "slots": np.array([int(table[context // size]) * size + context % size]),
+        }
+        inputs = {name: array[0] for name, array in self._inputs(1).items()}
+        return partial(runner.execute, Plan([], attention, inputs, need_weights=False))
 
     def session(self, context: int) -> str:
         """With a past of `context` positions, appended in parts whose masks are small."""
@@ -123,23 +144,28 @@ def main() -> None:
     with torch.inference_mode():
         for context in options.context:
             session = ours.session(context)
+            sides: dict[str, Callable[[], object]] = {
+                "layer": ours.layer(context),
+                "engine": partial(ours.step, [session]),
+            }
             for dtype in (torch.bfloat16, torch.float32):
-                results += against(ours, session, Peer(dtype, context), dtype, options.rounds)
+                for side, step in sides.items():
+                    results += against(side, step, Peer(dtype, context), dtype, options.rounds)
             ours.engine.delete_session(session)
     results.append(together(ours, options.rounds))
     report("raw_layer", results, {}, options.save)
 
 
-def against(ours: Ours, session: str, peer: Peer, dtype: torch.dtype, rounds: int) -> list[Pairs]:
+def against(side: str, ours: Callable[[], object], peer: Peer, dtype: torch.dtype, rounds: int) -> list[Pairs]:
     results = []
     short = str(dtype).removeprefix("torch.")
     for name, step in peer.steps().items():
-        if name == "recompute" and peer.context > 4096:
+        if name == "recompute" and (peer.context > 4096 or side == "layer"):
             continue  # minutes a call
         goal = GOALS.get((peer.context, name))
-        pairs = Pairs(f"step at {peer.context}", f"{name} {short}", "ms", "less", goal)
+        pairs = Pairs(f"{side} step at {peer.context}", f"{name} {short}", "ms", "less", goal)
         theirs = partial(median_ms, step, 1 if name == "recompute" else 20)
-        results.append(interleave(pairs, lambda: median_ms(lambda: ours.step([session]), 20), theirs, rounds))
+        results.append(interleave(pairs, lambda: median_ms(ours, 20), theirs, rounds))
     return results
 
 

@@ -116,6 +116,10 @@ class Backend(Protocol):
         Queries of no row give zeros. Raises ValueError or RuntimeError for `rotary` where S is not T."""
         ...
 
+    def finite(self, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> tuple[bool, bool]:
+        """Whether the keys and the values at these slots are, as they are stored. Reads them on the host."""
+        ...
+
     def probabilities(
         self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
     ) -> list[Tensor]:

@@ -28,6 +28,7 @@ class CpuBackend:
         self._rms_norm: Callable[..., Any] = ops.rms_norm.default
         self._add_rms_norm: Callable[..., Any] = ops.add_rms_norm.default
         self._silu_gate: Callable[..., Any] = ops.silu_gate.default
+        self._finite: Callable[..., Any] = ops.finite.default
         self._decoder_blocks: Callable[..., Any] = ops.decoder_blocks.default
 
     def __repr__(self) -> str:
@@ -68,6 +69,9 @@ class CpuBackend:
             scoring.extra_v,
         )
         return attended
+
+    def finite(self, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> tuple[bool, bool]:
+        return self._finite(k_blocks, 3, slots), self._finite(v_blocks, 2, slots)
 
     def probabilities(
         self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring

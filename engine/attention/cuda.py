@@ -83,6 +83,9 @@ class TritonBackend:
                 self._prefill(out, arguments)
         return out.flatten(1)
 
+    def finite(self, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> tuple[bool, bool]:
+        return self._truth.finite(k_blocks, v_blocks, slots)
+
     def probabilities(
         self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
     ) -> list[Tensor]:

@@ -49,6 +49,12 @@ class SdpaBackend:
             out[queries] = attended.transpose(0, 1)
         return out.flatten(1).to(v.dtype)
 
+    def finite(self, k_blocks: Tensor, v_blocks: Tensor, slots: Tensor) -> tuple[bool, bool]:
+        block_size = v_blocks.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        keys, values = k_blocks[blocks, :, :, offsets], v_blocks[blocks, :, offsets]
+        return bool(torch.isfinite(keys).all()), bool(torch.isfinite(values).all())
+
     def probabilities(
         self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, rotary: Rotary | None, scoring: Scoring
     ) -> list[Tensor]:

@@ -33,8 +33,6 @@ class PagedView:
             self.weights.append(self.backend.probabilities(q, k_blocks, self.inputs, rotary, scoring))
         return attended
 
-    def written(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and values that this batch has put into a layer's past, as stored: (S, kv_heads, head_dim) each."""
-        k_blocks, v_blocks = self._pool.layers[layer]
-        blocks, offsets = self.inputs.slots // v_blocks.shape[2], self.inputs.slots % v_blocks.shape[2]
-        return k_blocks[blocks, :, :, offsets], v_blocks[blocks, :, offsets]
+    def finite(self, layer: int) -> tuple[bool, bool]:
+        """Whether the keys and the values are that this batch has put into a layer's past."""
+        return self.backend.finite(*self._pool.layers[layer], self.inputs.slots)

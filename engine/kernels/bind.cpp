@@ -303,6 +303,34 @@ std::vector<std::string> isas() {
   return names;
 }
 
+template <class Bits>
+bool all_finite(const Tensor& blocks, int64_t axis, const int64_t* slots, int64_t count, Bits exponent) {
+  const Bits* data = static_cast<const Bits*>(blocks.const_data_ptr());
+  const int64_t size = blocks.size(axis), channels = blocks.size(5 - axis);
+  const int64_t along = blocks.stride(axis), across = blocks.stride(5 - axis);
+  Bits bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits* slot = data + slots[i] / size * blocks.stride(0) + slots[i] % size * along;
+    for (int64_t h = 0; h < blocks.size(1); ++h)
+      for (int64_t d = 0; d < channels; ++d)
+        bad |= (slot[h * blocks.stride(1) + d * across] & exponent) == exponent;
+  }
+  return !bad;
+}
+
+// Whether what is stored at these slots is: of keys (axis 3) or of values (axis 2).
+bool stored_finite(const Tensor& blocks, int64_t axis, const Tensor& slots) {
+  TORCH_CHECK(blocks.dim() == 4 && (axis == 2 || axis == 3), "keypast: blocks have 4 axes, slots are on 2 or 3");
+  const int64_t count = slots.numel(), *at = vector_of<int64_t>(slots, "slots", count);
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK(at[i] >= 0 && at[i] < blocks.size(0) * blocks.size(axis), "keypast: slot ", at[i], " is in no block");
+  switch (type_of(blocks, "blocks")) {
+    case keypast::DType::f16: return all_finite<uint16_t>(blocks, axis, at, count, 0x7c00);
+    case keypast::DType::bf16: return all_finite<uint16_t>(blocks, axis, at, count, 0x7f80);
+    default: return all_finite<uint32_t>(blocks, axis, at, count, 0x7f800000);
+  }
+}
+
 void force_isa(c10::string_view name) {
   TORCH_CHECK(keypast::choose(std::string(name).c_str()), "keypast: this machine has no ", name);
 }
@@ -323,6 +351,7 @@ TORCH_LIBRARY(keypast, m) {
       "decoder_blocks(Tensor x, Tensor?[] weights, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor query_start, "
       "Tensor past_length, Tensor present_length, Tensor block_table, Tensor positions, Tensor slots, Tensor? cos, "
       "Tensor? sin, int heads, float scale, float eps) -> Tensor");
+  m.def("finite(Tensor blocks, int axis, Tensor slots) -> bool");
   m.def("isa() -> str", isa);
   m.def("isas() -> str[]", isas);
   m.def("force_isa(str name) -> ()", force_isa);
@@ -334,5 +363,6 @@ TORCH_LIBRARY_IMPL(keypast, CPU, m) {
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_gate", silu_gate);
   m.impl("linear", linear);
+  m.impl("finite", stored_finite);
   m.impl("decoder_blocks", decoder_blocks);
 }

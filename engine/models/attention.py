@@ -97,8 +97,8 @@ class AttentionModel(nn.Module):
 
     def _check_written(self, kv: PagedView) -> None:
         """A key or value that overflows is refused when it comes, not when some query meets it."""
-        for name, stored in zip(("key", "value"), kv.written(0), strict=True):
-            if not torch.isfinite(stored).all():
+        for name, finite in zip(("key", "value"), kv.finite(0), strict=True):
+            if not finite:
                 raise InvalidInput(name, f"{name}s overflow the {self.spec.kv.dtype} past; scale the inputs down")
 
 

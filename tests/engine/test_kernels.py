@@ -466,7 +466,33 @@ def test_blocks_may_lie_anywhere() -> None:
     assert torch.equal(replace(w, inputs=moved, k_blocks=k_blocks, v_blocks=v_blocks).attend(CPU), w.attend(CPU))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_what_is_not_finite_is_seen_where_it_was_written_and_nowhere_else(backend: Backend, dtype: torch.dtype) -> None:
+    blocks, heads, dim, size = 5, 2, 9, 16
+    pool = torch.full((2, 3, blocks, heads, dim, size), torch.nan, dtype=dtype)  # two of the pool's layers
+    keys, values = pool[0, 1], pool[1, 1].view(blocks, heads, size, dim)
+    slots = torch.tensor([0, 17, 79, 31])
+    at = slots // size, slice(None), slots % size
+    keys.movedim(3, 2)[at] = torch.randn(4, heads, dim).to(dtype)
+    values[at] = torch.finfo(dtype).max
+    assert backend.finite(keys, values, slots) == (True, True)
+    assert backend.finite(keys, values, slots[:0]) == (True, True)
+    for bad, value in itertools.product((torch.inf, -torch.inf, torch.nan), (False, True)):
+        stored = (values if value else keys.movedim(3, 2))[4, 1, 15]
+        before, stored[8] = stored[8].item(), bad
+        assert backend.finite(keys, values, slots) == (value, not value)
+        assert backend.finite(keys, values, slots[:2]) == (True, True)
+        stored[8] = before
+
+
 # ---- what it refuses ----
+
+
+@pytest.mark.parametrize(("axis", "slots"), [(3, [80]), (2, [-1]), (1, [0])])
+def test_looks_for_nothing_outside_memory(axis: int, slots: list[int]) -> None:
+    with pytest.raises(RuntimeError, match="keypast"):
+        torch.ops.keypast.finite(torch.zeros(5, 2, 16, 16), axis, torch.tensor(slots))
 
 
 @pytest.mark.parametrize(
