@@ -48,3 +48,10 @@ def failed(message: str, code: int = 1) -> typer.Exit:
 def console() -> Console:
     """Cut to a terminal's width only where there is one."""
     return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+
+
+def examples(*lines: tuple[str, str], closing: str = "") -> str:
+    """The end of a command's help: what to type, and what comes of it."""
+    width = max(len(command) for command, _ in lines)
+    shown = [f"  {command:<{width}}  {told}".rstrip() for command, told in lines]
+    return "\n".join(["", "Examples:", *shown, *(["", closing] if closing else [])])

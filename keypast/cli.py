@@ -10,26 +10,44 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from keypast._terminal import Url, advice, console, failed, open_client
+from keypast._terminal import Url, advice, console, examples, failed, open_client
 from keypast.chat import Chat, ChatOptions
 from keypast.chat import advice as chat_advice
+from keypast.cli_doctor import EPILOG as DOCTOR_EPILOG
+from keypast.cli_doctor import doctor
 from keypast.cli_keys import keys
 from keypast.cli_loadtest import EPILOG, loadtest
 from keypast.cli_sessions import sessions
 from keypast.client import Client
 from keypast.errors import KeypastError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(sessions, name="sessions")
 app.add_typer(keys, name="keys")
 
 
-@app.callback()
+@app.callback(
+    epilog=examples(
+        ("keypast serve", "serve the default models on 127.0.0.1:8000"),
+        ("keypast doctor", "is all well here?"),
+        ("keypast chat", "talk to a model"),
+        ("keypast sessions ls", "what the service holds"),
+        ("keypast --install-completion", "the Tab key knows the commands from then on"),
+    )
+)
 def keypast() -> None:
     """Hold, step, fork and roll back a transformer's past over HTTP."""
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        ("keypast serve", "the default models"),
+        ("keypast serve --model mine=path/to/hf-directory --port 9000", ""),
+        ("keypast serve --model small=model.gguf --quantize int8 --kv-memory 4GiB", ""),
+        ("keypast serve --model layer=attention:hidden=1024,heads=16 --dtype float32", ""),
+        ("keypast serve --host 0.0.0.0 --keys-file keys.txt", "for other machines, with keys"),
+    )
+)
 def serve(
     context: typer.Context,
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
@@ -80,7 +98,12 @@ def serve(
     service.main()
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        ("keypast models", ""),
+        ("keypast models --url http://gpu-box:8000", "with KEYPAST_API_KEY, where keys are asked for"),
+    )
+)
 def models(context: typer.Context, url: Url = None) -> None:
     """List the models that the service has loaded."""
     try:
@@ -95,7 +118,13 @@ def models(context: typer.Context, url: Url = None) -> None:
     console().print(table)
 
 
-@app.command()
+@app.command(
+    epilog=examples(
+        ("keypast chat", "with the first model that takes text"),
+        ("keypast chat --system 'Answer in one word.' --temperature 0.7", ""),
+        ("echo 'Name three rivers.' | keypast chat --max-tokens 48", "one turn, for a script"),
+    )
+)
 def chat(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Default: the first that takes text.")] = None,
@@ -115,6 +144,7 @@ def chat(
         raise failed(chat_advice(error)) from None
 
 
+app.command(epilog=DOCTOR_EPILOG)(doctor)
 app.command(epilog=EPILOG)(loadtest)
 
 

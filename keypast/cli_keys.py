@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from keypast._terminal import console, failed
+from keypast._terminal import console, examples, failed
 from keypast.keys import KeyRecord, KeysError, Role, new_key, read_keys, write_keys
 
 keys = typer.Typer(no_args_is_help=True, help="API keys: make, list and remove them. A running service follows.")
@@ -21,7 +21,12 @@ File = Annotated[
 ]
 
 
-@keys.command()
+@keys.command(
+    epilog=examples(
+        ("keypast keys new alice --file keys.txt", "prints the key, this once"),
+        ("keypast keys new prometheus --role metrics --file keys.txt --days 90", ""),
+    )
+)
 def new(
     tenant: Annotated[str, typer.Argument(help="Whose sessions the key may see.")],
     file: File,
@@ -43,7 +48,7 @@ def new(
     Console(stderr=True, soft_wrap=True).print(note, markup=False, highlight=False)
 
 
-@keys.command()
+@keys.command(epilog=examples(("keypast keys ls --file keys.txt", "")))
 def ls(file: File) -> None:
     """List the keys by their ids; the keys themselves are not known."""
     table = Table("id", "tenant", "role", "ends")
@@ -52,7 +57,7 @@ def ls(file: File) -> None:
     console().print(table)
 
 
-@keys.command()
+@keys.command(epilog=examples(("keypast keys rm 3f9c2a --file keys.txt", "an id that `keypast keys ls` shows")))
 def rm(key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keypast keys ls` shows it.")], file: File) -> None:
     """Remove a key; a running service refuses it within a second or two."""
     known = _read(file)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keypast._session import SessionFilter
-from keypast._terminal import Url, advice, complain, console, failed, open_client
+from keypast._terminal import Url, advice, complain, console, examples, failed, open_client
 from keypast.client import Client, Session
 from keypast.errors import KeypastError, SessionGone, SessionNotFound
 from keypast.past import Past
@@ -38,7 +38,14 @@ def _sessions() -> None:
     """List, look at, delete, fork, export and import sessions."""
 
 
-@sessions.command("ls")
+@sessions.command(
+    "ls",
+    epilog=examples(
+        ("keypast sessions ls", ""),
+        ("keypast sessions ls --label team=a --state idle", "both must hold"),
+        ("keypast sessions ls --json | jq -r '.[].id'", ""),
+    ),
+)
 def list_(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Only this model's.")] = None,
@@ -63,7 +70,7 @@ def list_(
         _print_table(views)
 
 
-@sessions.command()
+@sessions.command(epilog=examples(("keypast sessions show tour", "")))
 def show(context: typer.Context, session_id: Id, json: Json = False, url: Url = None) -> None:
     """Show all that is known of a session."""
     with _client(context, url) as client:
@@ -74,7 +81,7 @@ def show(context: typer.Context, session_id: Id, json: Json = False, url: Url = 
         console().print(_card(view))
 
 
-@sessions.command()
+@sessions.command(epilog=examples(("keypast sessions rm tour draft", "two at once")))
 def rm(
     context: typer.Context,
     session_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
@@ -98,7 +105,12 @@ def rm(
     raise typer.Exit(max(codes))
 
 
-@sessions.command()
+@sessions.command(
+    epilog=examples(
+        ("keypast sessions fork tour --count 3", ""),
+        ("keypast sessions fork tour --at 12", "as it was at 12 positions"),
+    )
+)
 def fork(
     context: typer.Context,
     session_id: Id,
@@ -117,7 +129,13 @@ def fork(
         _say(f"{view.id}: {lengths(view.valid_length)} positions, forked from {session_id}")
 
 
-@sessions.command("export")
+@sessions.command(
+    "export",
+    epilog=examples(
+        ("keypast sessions export tour tour.safetensors", ""),
+        ("keypast sessions export tour - | ssh other keypast sessions import -", "to another machine"),
+    ),
+)
 def export(
     context: typer.Context,
     session_id: Id,
@@ -143,7 +161,12 @@ def export(
         _say(f"{file}: {lengths(past.valid_length)} positions, {size(int(told['bytes']))}")  # type: ignore[call-overload]
 
 
-@sessions.command("import")
+@sessions.command(
+    "import",
+    epilog=examples(
+        ("keypast sessions import tour.safetensors", ""), ("keypast sessions import tour.safetensors --id tour-2", "")
+    ),
+)
 def import_(
     context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="As export wrote it; - is the standard input.")],

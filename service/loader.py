@@ -25,7 +25,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
     from engine.loading import LoadOptions, load_model
     from engine.team import Team
 
-    memory = parse_memory(settings.kv_memory, _free_memory(settings.device))
+    memory = parse_memory(settings.kv_memory, free_memory(settings.device))
     options = LoadOptions(
         cache_dir=settings.cache_dir.expanduser(),
         kv_memory=memory // len(settings.models),
@@ -47,7 +47,7 @@ def load_models(settings: Settings, progress: Progress) -> Loaded:
             {name: load_model(name, spec, options, progress) for name, spec in settings.models.items()}, settings
         )
     progress(f"starting {settings.model_parallel} ranks")
-    team = Team(settings.model_parallel, "cuda" if _on_gpu(settings.device) else "cpu", settings.rank_seconds)
+    team = Team(settings.model_parallel, "cuda" if on_gpu(settings.device) else "cpu", settings.rank_seconds)
     try:
         models = {name: team.load(name, spec, options, progress) for name, spec in settings.models.items()}
         loaded = _over(models, settings, team.close)
@@ -86,15 +86,15 @@ def _over(models: Mapping[str, LoadedModel], settings: Settings, close: Callable
     return Loaded(Engine([model.runner for model in models.values()], config), texts, close)
 
 
-def _on_gpu(device: str) -> bool:
+def on_gpu(device: str) -> bool:
     import torch
 
     return device == "cuda" or (device == "auto" and torch.cuda.is_available())
 
 
-def _free_memory(device: str) -> int:
+def free_memory(device: str) -> int:
     """Bytes free where the keys and values will be."""
-    if _on_gpu(device):
+    if on_gpu(device):
         import torch
 
         free: int = torch.cuda.mem_get_info()[0]

@@ -48,12 +48,17 @@ class Loaded:
 _loaded: Loaded | None = None  # operators are registered once per process, whatever the cache
 
 
+def find(cache_dir: Path) -> Path:
+    """Where the kernels of this torch and these sources are, once they are built."""
+    return cache_dir / "kernels" / digest() / LIBRARY
+
+
 def load(cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None] | None = None) -> Loaded:
     """Loads the kernels, building them first unless `cache_dir` holds them. Raises KernelUnavailable."""
     global _loaded
     if _loaded is None:
         started = time.monotonic()
-        library = cache_dir / "kernels" / digest() / LIBRARY
+        library = find(cache_dir)
         built = not library.exists()
         if built:
             if progress is not None:
