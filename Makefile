@@ -17,6 +17,8 @@ help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
 	@echo "make test       install what tests need, run the fast suite (make test-slow: the rest)"
 	@echo "make check      format, lint, types, import layers"
+	@echo "make reference  write the generated pages and pictures of docs/ anew"
+	@echo "make docs       build docs/ as a site, into build/site"
 	@echo "make bench      the benchmarks of this machine, last line JSON each (make bench-peers: beside other servers)"
 	@echo "make gpu-check  on a GPU: is it right, how fast is it; needs nothing installed but torch and triton"
 
@@ -44,6 +46,10 @@ format: $(VENV)/.dev
 # What of docs/ is written by programs.
 reference: $(VENV)/.server
 	$(BIN)/python -m tools.write
+
+# The site, into build/site; any warning fails it. The theme's advertisement for its successor is none.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.server
 	$(BIN)/python -m benchmarks.engine_step
@@ -80,6 +86,11 @@ $(VENV)/.server: pyproject.toml constraints.txt $(wildcard engine/kernels/*.cpp 
 	@$(PIP) install -c constraints.txt -e '.[server]'
 	@echo "building the CPU kernels (once; some 20 s)"
 	@$(BIN)/python -m engine.kernels.build || echo "WARNING: no native kernels; attention will run on the slow path"
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "installing what the site needs"
+	@$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.server
