@@ -4,9 +4,10 @@ Model: 9 query heads, 3 kv heads of 64 channels; bfloat16 queries, float16 cache
 timed call works on the next of many distinct layers: keys and values come from memory, as in a model, not from cache.
 
 Rooflines: a decode step can be no faster than reading its K and V bytes once, measured by a plain vector read of the
-same layers in the same round. A prefill takes 2 * 64 float32 multiply-adds per (query head, query, visible key); its
-limit is the rate of independent multiply-adds, measured likewise. Peers: torch's SDPA, one call per session, over
-contiguous caches of fewer layers (no paging, no write, kinder to its caches than a model is).
+same layers in the same round. A prefill takes 2 * 64 multiply-adds per (query head, query, visible key); its limit is
+the rate of independent ones, of bfloat16 pairs where the processor has them, else float32, measured likewise. Peers:
+torch's SDPA, one call per session, over contiguous caches of fewer layers (no paging, no write, kinder to its caches
+than a model is).
 
     python benchmarks/attention_cpu.py [--rounds 7] [--threads 2]
 """
@@ -34,6 +35,9 @@ DECODE = ((1, 256), (16, 256), (1, 2048), (16, 2048), (1, 16384))  # (rows, past
 PREFILL = (512, 2048)
 PROBES = r"""
 #include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #ifdef __AVX512F__
 enum { kBytes = 64 };
 #else
@@ -56,14 +60,22 @@ extern "C" long read_bytes(const char* data, long bytes, int threads) {
   return seen;
 }
 
-extern "C" float multiply_add(long count, int threads) {  // of floats, in twelve chains per thread
+#ifdef __AVX512BF16__
+enum { kAtOnce = kBytes / 2 };
+static Floats add_products(Floats sum, Floats a) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)a); }
+#else
+enum { kAtOnce = kBytes / 4 };
+static Floats add_products(Floats sum, Floats a) { return sum * a + a; }
+#endif
+
+extern "C" float multiply_add(long count, int threads) {  // in twelve chains per thread
   float sum = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : sum)
   {
     Floats x[12], a = Floats{} + 0.999f;
     for (auto& y : x) y = Floats{} + 1e-3f;
-    for (long i = 0; i < count / threads / 12 / (kBytes / 4); ++i)
-      for (auto& y : x) y = y * a + a;
+    for (long i = 0; i < count / threads / 12 / kAtOnce; ++i)
+      for (auto& y : x) y = add_products(y, a);
     for (auto& y : x) sum += y[0];
   }
   return sum;

@@ -6,28 +6,21 @@
 //   values    group x 16 channels at a time, keys in order
 //   merge     the chunk's (maximum, sum, weighted values) into the row's
 // What a row starts from are the layer's own keys, chunks that come before the first one of the past.
+// Several batch rows' tiles may be attended as one. Of a chunk, the keys that lie in the same blocks for all of them
+// are attended by all groups; then each tile attends to the keys behind those, its tail.
 // Each row's own sequence of operations is the same whatever else is in the tile.
 #pragma once
-#include "vec.h"
+#include "products.h"
 
 namespace keypast::KEYPAST_VARIANT {
 
 constexpr int kRows = kMostRows;  // per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
-constexpr int kDirectRows = 8;  // tiles up to this size convert keys and values as they read them
 constexpr int kVecs = kChunk / kLanes;
-constexpr int kAhead = 4;        // vectors of keys or values between fetching and reading
 constexpr int kTokensAhead = 4;  // tokens between fetching and reading q, k and v
-constexpr float kMasked = -1.0f;
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
 
-// How many vectors of accumulators a group of M rows keeps per row, as registers allow.
-template <int M>
-constexpr int kWide = kWidth == 16 ? 4 : M <= 1 ? 4 : M <= 3 ? 2 : 1;
-
 static inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---- writing ----
 
@@ -90,33 +83,59 @@ struct Partial {  // of a chunk, or of all chunks merged so far
   static int64_t size(int64_t rows, int64_t width) { return 2 * padded(rows) + rows * width; }
 };
 
-struct View {  // what a tile is, spelled out
-  const Attend& a;
-  int64_t group, rows, dim, width, past, present, first_query, first_token, first_head;
-  const int32_t* table;
+struct Query {
+  int64_t token, limit;  // limit: keys that it sees
+  const float* bias;
+};
 
-  View(const Attend& args, const Tile& tile) : a(args) {
+struct View {  // what one or several tiles are, spelled out
+  const Attend& a;
+  const Company company;
+  int64_t group, rows, dim, width, kv_head, first_head;
+  Query queries[kTileRows];  // of all tiles
+
+  View(const Attend& args, const Company& tiles) : a(args), company(tiles) {
     group = a.heads / a.kv_heads;
-    rows = tile.queries * group;
     dim = a.head_dim;
     width = padded(dim);
-    past = a.past_length[tile.row];
-    present = a.present_length[tile.row];
-    first_query = tile.first;
-    first_token = a.query_start[tile.row] + tile.first;
-    first_head = tile.kv_head * group;
-    table = a.block_table + tile.row * a.table_stride;
+    kv_head = tile(0).kv_head;
+    first_head = kv_head * group;
+    int64_t n = 0;
+    for (int64_t m = 0; m < company.count; ++m)
+      for (int64_t i = 0; i < tile(m).queries; ++i) queries[n++] = query_of(tile(m).row, tile(m).first + i);
+    rows = n * group;
   }
-  int64_t limit(int64_t row) const {  // keys that a row sees
-    return a.causal ? least(past + first_query + row / group + 1, present) : present;
+  Query query_of(int64_t row, int64_t i) const {
+    const int64_t present = a.present_length[row];
+    return {a.query_start[row] + i, a.causal ? least(a.past_length[row] + i + 1, present) : present,
+            a.bias ? a.bias + a.bias_start[row] + i * present : nullptr};
   }
-  const float* bias(const Tile& tile, int64_t row) const {
-    return a.bias ? a.bias + a.bias_start[tile.row] + (first_query + row / group) * present : nullptr;
+  const Tile& tile(int64_t m) const { return company.tiles[company.members[m]]; }
+  const int32_t* table(int64_t m) const { return a.block_table + tile(m).row * a.table_stride; }
+  int64_t limit(int64_t row) const { return queries[row / group].limit; }
+  int64_t limit(int64_t row, int64_t end) const {  // of rows [row, end)
+    int64_t top = 0;
+    for (int64_t i = row / group; i * group < end; ++i) top = most(top, queries[i].limit);
+    return top;
+  }
+  // How many of `keys` keys from a chunk's start on lie in the same blocks for all tiles: whole vectors, or all keys.
+  int common(int64_t start, int keys) const {
+    if (company.count == 1) return keys;
+    int64_t same = keys;
+    for (int64_t m = 0, row = 0; m < company.count; row += tile(m++).queries * group) {
+      same = least(same, limit(row, row + tile(m).queries * group) - start);
+      const int64_t first = start / a.block_size, end = (start + most(same, 0) + a.block_size - 1) / a.block_size;
+      int64_t block = first;
+      while (block < end && table(m)[block] == table(0)[block]) ++block;
+      if (block < end) same = least(same, block * a.block_size - start);
+    }
+    return (int)(most(same, 0) / kLanes * kLanes);
   }
 };
 
-struct Scratch {
+struct Scratch {  // queries, keys and values packed as the products want them, each step in the space of a float
   float *queries, *scores, *keys, *values, *line;
+  int32_t* whole;  // of each row in a chunk, keys before the first one masked
   Partial state, part;
   Scratch(float* at, int64_t rows, int64_t dim, int64_t width)
       : queries(at),
@@ -124,14 +143,25 @@ struct Scratch {
         keys(scores + rows * kChunk),
         values(keys + kChunk * dim),
         line(values + kChunk * width),
-        state(line + width, rows),
-        part(line + width + Partial::size(rows, width), rows) {}
+        whole((int32_t*)(line + width)),
+        state(line + width + padded(rows), rows),
+        part(state.peak + Partial::size(rows, width), rows) {}
   static int64_t size(int64_t rows, int64_t dim, int64_t width) {
-    return padded(rows * dim) + rows * kChunk + kChunk * (dim + width) + width + 2 * Partial::size(rows, width);
+    return padded(rows * dim) + rows * kChunk + kChunk * (dim + width) + width + padded(rows) +
+           2 * Partial::size(rows, width);
   }
 };
 
-// Groups of a tile are equal to within one row.
+template <class Products>
+static inline typename Products::Packed* packed(float* at) {
+  return (typename Products::Packed*)at;
+}
+template <class Products>
+static inline int64_t steps_of(int64_t n) {
+  return (n + Products::step - 1) / Products::step;
+}
+
+// Groups are equal to within one row.
 struct Groups {
   int64_t count, small, extra;
   explicit Groups(int64_t rows) : count((rows + kRows - 1) / kRows), small(rows / count), extra(rows % count) {}
@@ -139,111 +169,22 @@ struct Groups {
   int size(int64_t i) const { return (int)(small + (i < extra)); }
 };
 
-// Queries of a group, channel-major (dim, rows), rotated, with the scale and the exponential's base folded in.
+// As the products want them, rotated, with the scale and the exponential's base folded in.
+template <class Products>
 static void load_queries(const View& t, const Scratch& s) {
   const Groups groups(t.rows);
-  const float scale = t.a.scale * kLog2E;
+  const Vec scale = set(t.a.scale * kLog2E);
+  const int64_t steps = steps_of<Products>(t.dim);
   for (int64_t i = 0; i < groups.count; ++i) {
     const int64_t first = groups.first(i), size = groups.size(i);
     for (int64_t row = first; row < first + size; ++row) {
-      const int64_t token = t.first_token + row / t.group;
+      const int64_t token = t.queries[row / t.group].token;
       read_line(t.a.q, t.a.dtype, token, t.first_head + row % t.group, s.line, t.dim);
       if (t.a.rotary_half) rotate(t.a, t.a.positions[token], s.line);
-      float* to = s.queries + first * t.dim + (row - first);
-      for (int64_t d = 0; d < t.dim; ++d) to[d * size] = s.line[d] * scale;
+      for (int64_t d = 0; d < t.dim; d += kLanes) store(s.line + d, load(s.line + d) * scale);
+      Products::put_queries(s.line, t.dim, packed<Products>(s.queries) + first * steps + (row - first), size);
     }
   }
-}
-
-// One channel of N vectors of keys against M queries.
-template <int M, int N, class T>
-KEYPAST_INLINE void score_channel(const float* q, const T* const* keys, int64_t at, Vec (&sums)[M][N]) {
-  Vec k[N];
-  KEYPAST_UNROLL for (int n = 0; n < N; ++n) k[n] = load(keys[n] + at);
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
-    const Vec x = set(q[m]);
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = fma(x, k[n], sums[m][n]);
-  }
-}
-
-// scores[m][16 n ..] = sum over d of q[d][m] * keys[n][d][0:16]
-template <int M, int N, bool kFetch, class T>
-KEYPAST_INLINE void score_tile(const float* q, const T* const* keys, int64_t stride, int64_t dim, float* scores) {
-  // A line of the cache holds kStep channels of these 16 keys, or one channel of theirs and their neighbours': fetching
-  // every kStep-th channel, from n % kStep on, reaches every line either way.
-  constexpr int kStep = 4 / sizeof(T);
-  Vec sums[M][N];
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = set(0.0f);
-  int64_t d = 0;
-  for (; d + kStep <= dim; d += kStep) {
-    if (kFetch)
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % kStep) * stride);
-    KEYPAST_UNROLL for (int i = 0; i < kStep; ++i) score_channel(q + (d + i) * M, keys, (d + i) * stride, sums);
-  }
-  for (; d < dim; ++d) score_channel(q + d * M, keys, d * stride, sums);
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(scores + m * kChunk + n * kLanes, sums[m][n]);
-}
-
-template <int M, bool kFetch, class T>
-static void score_group(const float* q, const T* const* keys, int64_t stride, int64_t dim, int vecs, float* scores) {
-  int n = 0;
-  if constexpr (kWide<M> >= 4)
-    for (; vecs - n >= 4; n += 4) score_tile<M, 4, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
-  if constexpr (kWide<M> >= 2)
-    for (; vecs - n >= 2; n += 2) score_tile<M, 2, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
-  for (; n < vecs; ++n) score_tile<M, 1, kFetch>(q, keys + n, stride, dim, scores + n * kLanes);
-}
-
-// sums[m][16 n ..] = sum over keys j in order of weights[m][j] * values[j][16 n ..]. From key `whole` on, masked keys
-// are stepped over one by one: what lies in their slots must not be touched.
-template <int M, int N, bool kFetch, class T>
-KEYPAST_INLINE void value_tile(const float* weights, const T* const* values, int64_t offset, int64_t stride, int whole,
-                               int keys, float* sums, int64_t sums_stride) {
-  Vec acc[M][N];
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = set(0.0f);
-  int key = 0;
-  while (key < whole) {
-    const T* row = values[key / kLanes] + offset;
-    const T* later = values[key / kLanes + (kFetch ? kAhead : 0)] + offset;
-    const int end = (int)least(key + kLanes, whole);
-    for (; key < end; ++key, row += stride, later += stride) {
-      if (kFetch)
-        KEYPAST_UNROLL for (int i = 0; i < N * kLanes; i += 64 / sizeof(T)) __builtin_prefetch(later + i);
-      Vec v[N];
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) v[n] = load(row + n * kLanes);
-      KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
-        const Vec w = set(weights[m * kChunk + key]);
-        KEYPAST_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = fma(w, v[n], acc[m][n]);
-      }
-    }
-  }
-  for (; key < keys; ++key) {
-    const T* row = values[key / kLanes] + offset + key % kLanes * stride;
-    KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
-      const float weight = weights[m * kChunk + key];
-      if (weight < 0) continue;
-      const Vec w = set(weight);
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) acc[m][n] = fma(w, load(row + n * kLanes), acc[m][n]);
-    }
-  }
-  KEYPAST_UNROLL for (int m = 0; m < M; ++m)
-    KEYPAST_UNROLL for (int n = 0; n < N; ++n) store(sums + m * sums_stride + n * kLanes, acc[m][n]);
-}
-
-template <int M, bool kFetch, class T>
-static void value_group(const float* weights, const T* const* values, int64_t stride, int whole, int keys, float* sums,
-                        int64_t width) {
-  int64_t i = 0;
-  if constexpr (kWide<M> >= 4)
-    for (; width - i >= 4 * kLanes; i += 4 * kLanes)
-      value_tile<M, 4, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
-  if constexpr (kWide<M> >= 2)
-    for (; width - i >= 2 * kLanes; i += 2 * kLanes)
-      value_tile<M, 2, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
-  for (; i < width; i += kLanes) value_tile<M, 1, kFetch>(weights, values, i, stride, whole, keys, sums + i, width);
 }
 
 // Adds a row's bias; a key whose bias is -inf scores -inf, whatever it scored.
@@ -255,15 +196,17 @@ static void add_bias(float* s, int keys, const float* bias) {
 }
 
 // Marks the weights of keys whose bias is -inf. Returns how many keys stand before the first of them.
+template <class Products>
 static int mark_biased(float* s, int keys, const float* bias) {
   int whole = keys;
   for (int i = keys - 1; i >= 0; --i)
-    if (bias[i] == kLowest) s[i] = kMasked, whole = i;
+    if (bias[i] == kLowest) Products::mask(s, i), whole = i;
   return whole;
 }
 
 // Turns a row's `keys` scores into weights and gives their maximum and sum; marks the keys it does not see, up to
 // `padding`. Returns how many keys stand before the first one marked.
+template <class Products>
 static int soften(float* s, int keys, int padding, const float* bias, float* peak_out, float* total_out) {
   const int vecs = keys > 0 ? (keys + kLanes - 1) / kLanes : 0, lanes = keys - (vecs - 1) * kLanes;
   if (bias) add_bias(s, keys, bias);
@@ -276,17 +219,11 @@ static int soften(float* s, int keys, int padding, const float* bias, float* pea
     for (int i = 0; i < keys; ++i)
       if (s[i] != s[i]) highest = s[i];
   const bool none = highest == kLowest;
-  Vec total = set(0.0f);
-  for (int i = 0; i < vecs && !none; ++i) {
-    const Vec weights = exp2(load(s + i * kLanes) - set(highest));
-    total = total + weights;
-    store(s + i * kLanes, weights);
-  }
   *peak_out = highest;
-  *total_out = sum(total);
-  if (vecs) store(last, first(load(last), lanes, set(kMasked)));
-  for (int i = none ? 0 : vecs; i * kLanes < padding; ++i) store(s + i * kLanes, set(kMasked));
-  return none ? 0 : bias ? mark_biased(s, keys, bias) : keys;
+  *total_out = none ? 0.0f : sum(Products::weigh(s, vecs, set(highest)));
+  for (int i = none ? 0 : keys / kLanes; i * kLanes < padding; ++i)
+    Products::mask_behind(s, i, none ? 0 : (int)most(0, keys - i * kLanes));
+  return none ? 0 : bias ? mark_biased<Products>(s, keys, bias) : keys;
 }
 
 // Folds one chunk into what the chunks before it gave. A chunk of which a row saw nothing leaves that row as it was.
@@ -311,7 +248,7 @@ static void clear(const Partial& state, int64_t rows, int64_t width) {
 
 static void finish(const View& t, const Partial& state) {
   for (int64_t row = 0; row < t.rows; ++row) {
-    const int64_t token = t.first_token + row / t.group, head = t.first_head + row % t.group;
+    const int64_t token = t.queries[row / t.group].token, head = t.first_head + row % t.group;
     const int64_t at = (token * t.a.heads + head) * t.dim;
     const Vec factor = set(state.peak[row] == kLowest ? 0.0f : 1.0f / state.total[row]);
     float* values = state.values + row * t.width;
@@ -329,17 +266,18 @@ struct Source {
   int64_t key_stride, value_stride;  // from channel to channel, from key to key
 };
 
-// `seen` is how far the task's keys go: behind this chunk come the first keys of the next one, or nothing of use.
+// Keys from `start` on as a tile's table places them. `seen` is how far a task's keys go: behind these vectors come the
+// first keys of the next chunk, or nothing of use.
 template <class T>
-static void locate(const View& t, int64_t start, int vecs, int64_t kv_head, int64_t seen, Source<T>* source) {
+static void locate(const View& t, const int32_t* table, int64_t start, int vecs, int64_t seen, Source<T>* source) {
   const Attend& a = t.a;
-  const T *k = (const T*)a.k_blocks.data + kv_head * a.k_blocks.head_stride,
-          *v = (const T*)a.v_blocks.data + kv_head * a.v_blocks.head_stride;
+  const T *k = (const T*)a.k_blocks.data + t.kv_head * a.k_blocks.head_stride,
+          *v = (const T*)a.v_blocks.data + t.kv_head * a.v_blocks.head_stride;
   source->keys = source->order;
   source->values = source->order + vecs;
   int64_t index = start / a.block_size, offset = start % a.block_size;
   for (int i = 0; i < vecs + kAhead; ++i) {
-    const int64_t block = start + i * kLanes < seen ? t.table[index] : 0;
+    const int64_t block = start + i * kLanes < seen ? table[index] : 0;
     const T* at = k + block * a.k_blocks.block_stride + offset;
     if (i < vecs) {
       source->keys[i] = at;
@@ -355,138 +293,225 @@ static void locate(const View& t, int64_t start, int vecs, int64_t kv_head, int6
 }
 
 // One key at a time, for block sizes that vectors do not divide.
-template <class T>
-static void pack_keys(const View& t, int64_t start, int keys, int64_t kv_head, const Scratch& s) {
+template <class Products, class T>
+static void pack_keys(const View& t, int64_t start, int keys, const Scratch& s) {
   const Attend& a = t.a;
+  const auto value = [](const T* at) { return any(load(at, 1)); };
   for (int j = 0; j < keys; ++j) {
-    const int64_t block = t.table[(start + j) / a.block_size], offset = (start + j) % a.block_size;
-    const T* k = (const T*)a.k_blocks.data + block * a.k_blocks.block_stride + kv_head * a.k_blocks.head_stride;
-    const T* v = (const T*)a.v_blocks.data + block * a.v_blocks.block_stride + kv_head * a.v_blocks.head_stride;
-    float* to = s.keys + j / kLanes * t.dim * kLanes + j % kLanes;
-    for (int64_t d = 0; d < t.dim; ++d) store(to + d * kLanes, load(k + offset + d * a.block_size, 1), 1);
-    for (int64_t i = 0; i < t.dim; i += kLanes)
-      store(s.values + j * t.width + i, load(v + offset * t.dim + i, (int)least(kLanes, t.dim - i)));
+    const int64_t block = t.table(0)[(start + j) / a.block_size], offset = (start + j) % a.block_size;
+    const T* k = (const T*)a.k_blocks.data + block * a.k_blocks.block_stride + t.kv_head * a.k_blocks.head_stride;
+    const T* v = (const T*)a.v_blocks.data + block * a.v_blocks.block_stride + t.kv_head * a.v_blocks.head_stride;
+    for (int64_t d = 0; d < t.dim; ++d)
+      Products::put_key(packed<Products>(s.keys), packed<Products>(s.values), j, d, t.dim, t.width,
+                        value(k + offset + d * a.block_size), value(v + offset * t.dim + d));
   }
 }
 
+static inline int at_most_two(int64_t n) { return n < 2 ? (int)n : 2; }
+
 // Converts and packs once what all groups of a tile then read.
-template <class T>
+template <class Products, class T>
 static void pack_vecs(const View& t, const Source<T>& from, int keys, const Scratch& s) {
+  constexpr int kStep = Products::step;
+  const int64_t stride = from.key_stride;
+  auto to = packed<Products>(s.keys);
   for (int i = 0; i * kLanes < keys; ++i)
-    for (int64_t d = 0; d < t.dim; ++d) {
-      __builtin_prefetch(from.keys[i + kAhead] + d * from.key_stride);
-      store(s.keys + (i * t.dim + d) * kLanes, load(from.keys[i] + d * from.key_stride));
+    for (int64_t d = 0; d < t.dim; d += kStep, to += kLanes) {
+      __builtin_prefetch(from.keys[i + kAhead] + d * stride);
+      Products::put_channels(from.keys[i] + d * stride, stride, at_most_two(t.dim - d), to);
     }
-  for (int j = 0; j < keys; ++j) {
+  to = packed<Products>(s.values);
+  for (int j = 0; j < keys; j += kStep, to += t.width) {
     const T* row = from.values[j / kLanes] + j % kLanes * from.value_stride;
     const T* later = from.values[j / kLanes + kAhead] + j % kLanes * from.value_stride;
     for (int64_t i = 0; i < t.dim; i += kLanes) {
-      __builtin_prefetch(later + i);
-      store(s.values + j * t.width + i, load(row + i, (int)least(kLanes, t.dim - i)));
+      __builtin_prefetch(later + i * kStep);
+      Products::put_values(row + i, from.value_stride, (int)least(kLanes, t.dim - i), to + i);
     }
   }
 }
 
-static void locate_packed(const View& t, int vecs, const Scratch& s, Source<float>* source) {
+template <class Products>
+static void locate_packed(const View& t, int vecs, const Scratch& s, Source<typename Products::Packed>* source) {
   source->keys = source->order;
   source->values = source->order + vecs;
   for (int i = 0; i < vecs; ++i) {
-    source->keys[i] = s.keys + i * t.dim * kLanes;
-    source->values[i] = s.values + i * t.width * kLanes;
+    source->keys[i] = packed<Products>(s.keys) + i * steps_of<Products>(t.dim) * kLanes;
+    source->values[i] = packed<Products>(s.values) + i * t.width * kLanes / Products::step;
   }
   source->key_stride = kLanes;
   source->value_stride = t.width;
 }
 
-template <bool kFetch, class T>
-static void attend_chunk(const View& t, const Tile& tile, int64_t start, const Source<T>& source, const Scratch& s,
-                         const Partial& part) {
+// Rows [first, end) and, of the chunk at `start`, the keys [begin, until) that they attend to.
+struct Span {
+  int64_t first, end, start;
+  int begin, until;
+};
+
+// Calls f with the span's rows of each group, `row` to `end`, which are neighbours in the group's queries.
+template <class F>
+static void each_group(const View& t, const Span& span, F f) {
   const Groups groups(t.rows);
-  constexpr int kPanel = 4;  // vectors of keys that stay in the nearest cache while every group reads them
-  const auto seen = [&](int64_t row) { return (int)most(0, least(kChunk, t.limit(row) - start)); };
-  for (int panel = 0; panel * kLanes < seen(t.rows - 1); panel += kPanel)
-    for (int64_t i = 0; i < groups.count; ++i) {
-      const int64_t row = groups.first(i);
-      const int vecs = (seen(row + groups.size(i) - 1) + kLanes - 1) / kLanes - panel;
-      if (vecs <= 0) continue;
-      sized(groups.size(i), [&](auto m) {
-        score_group<m.value, kFetch>(s.queries + row * t.dim, source.keys + panel, source.key_stride, t.dim,
-                                     vecs < kPanel ? vecs : kPanel, s.scores + row * kChunk + panel * kLanes);
-      });
-    }
   for (int64_t i = 0; i < groups.count; ++i) {
-    const int64_t begin = groups.first(i), end = begin + groups.size(i);
-    const int keys = seen(end - 1);
-    int whole = keys;
-    for (int64_t row = begin; row < end; ++row) {
-      const float* bias = t.bias(tile, row);
-      const int clear = soften(s.scores + row * kChunk, seen(row), keys, bias ? bias + start : nullptr, part.peak + row,
-                               part.total + row);
-      whole = (int)least(whole, clear);
-    }
-    sized(groups.size(i), [&](auto m) {
-      value_group<m.value, kFetch>(s.scores + begin * kChunk, source.values, source.value_stride, whole, keys,
-                                   part.values + begin * t.width, t.width);
+    const int64_t first = groups.first(i), row = most(first, span.first), end = least(groups.first(i + 1), span.end);
+    if (row < end) f(row, end, first, groups.size(i));
+  }
+}
+
+template <class Products, bool kFetch, class T>
+static void score_span(const View& t, const Span& span, const Source<T>& source, const Scratch& s) {
+  constexpr int kPanel = 4;  // vectors of keys that stay in the nearest cache while every group reads them
+  for (int panel = 0; span.begin + panel * kLanes < span.until; panel += kPanel)
+    each_group(t, span, [&](int64_t row, int64_t end, int64_t first, int64_t size) {
+      const int64_t seen = least(span.until, t.limit(row, end) - span.start) - span.begin;
+      const int vecs = (int)((seen + kLanes - 1) / kLanes) - panel;
+      if (vecs <= 0) return;
+      sized((int)(end - row), [&](auto m) {
+        const auto queries = packed<Products>(s.queries) + first * steps_of<Products>(t.dim) + (row - first);
+        score_group<Products, m.value, kFetch>(queries, size, source.keys + panel, source.key_stride, t.dim,
+                                               vecs < kPanel ? vecs : kPanel,
+                                               s.scores + row * kChunk + span.begin + panel * kLanes);
+      });
     });
+}
+
+template <class Products>
+static void soften_rows(const View& t, const Span& chunk, const Scratch& s, const Partial& part) {
+  each_group(t, chunk, [&](int64_t first, int64_t end, int64_t, int64_t) {
+    const int padding = (int)least(chunk.until, t.limit(first, end) - chunk.start);
+    for (int64_t row = first; row < end; ++row) {
+      const float* bias = t.queries[row / t.group].bias;
+      const int keys = (int)most(0, least(chunk.until, t.limit(row) - chunk.start));
+      s.whole[row] = soften<Products>(s.scores + row * kChunk, keys, padding, bias ? bias + chunk.start : nullptr,
+                                      part.peak + row, part.total + row);
+    }
+  });
+}
+
+template <class Products, bool kFetch, class T>
+static void value_span(const View& t, const Span& span, const Source<T>& source, const Scratch& s,
+                       const Partial& part) {
+  each_group(t, span, [&](int64_t row, int64_t end, int64_t, int64_t) {
+    const int until = (int)most(span.begin, least(span.until, t.limit(row, end) - span.start));
+    int whole = until;
+    for (int64_t i = row; i < end; ++i) whole = (int)least(whole, s.whole[i]);
+    const Keys keys = {span.begin, (int)most(span.begin, whole), until};
+    sized((int)(end - row), [&](auto m) {
+      value_group<Products, m.value, kFetch>(s.scores + row * kChunk, source.values, source.value_stride, keys,
+                                             part.values + row * t.width, t.width);
+    });
+  });
+}
+
+// Calls f with what each tile of several sees of a chunk from key `common` on.
+template <class T, class F>
+static void each_tail(const View& t, const Span& chunk, int common, F f) {
+  if (t.company.count == 1) return;
+  for (int64_t m = 0, row = 0, end; m < t.company.count; ++m, row = end) {
+    end = row + t.tile(m).queries * t.group;
+    const int until = (int)least(chunk.until, t.limit(row, end) - chunk.start);
+    if (until <= common) continue;
+    Source<T> source;
+    const int64_t start = chunk.start + common;
+    locate(t, t.table(m), start, (until - common + kLanes - 1) / kLanes, chunk.start + until, &source);
+    f(Span{row, end, chunk.start, common, until}, source);
   }
 }
 
-static void pack_extras(const View& t, int64_t start, int keys, int64_t kv_head, const Scratch& s) {
+// Attends to a chunk of which `source` has the first `common` keys; T is what the cache holds.
+template <class Products, bool kFetch, class T, class From>
+static void attend_chunk(const View& t, const Span& chunk, int common, const Source<From>& source, const Scratch& s,
+                         const Partial& part) {
+  const Span all = {chunk.first, chunk.end, chunk.start, 0, common};
+  score_span<Products, kFetch>(t, all, source, s);
+  each_tail<T>(t, chunk, common, [&](const Span& tail, const Source<T>& own) {
+    score_span<Products, true>(t, tail, own, s);
+  });
+  soften_rows<Products>(t, chunk, s, part);
+  value_span<Products, kFetch>(t, all, source, s, part);
+  each_tail<T>(t, chunk, common, [&](const Span& tail, const Source<T>& own) {
+    value_span<Products, true>(t, tail, own, s, part);
+  });
+}
+
+template <class Products>
+static void pack_extras(const View& t, int64_t start, int keys, const Scratch& s) {
   for (int j = 0; j < keys; ++j) {
-    const int64_t at = ((start + j) * t.a.kv_heads + kv_head) * t.dim;
-    float* to = s.keys + j / kLanes * t.dim * kLanes + j % kLanes;
-    for (int64_t d = 0; d < t.dim; ++d) to[d * kLanes] = t.a.extra_k[at + d];
-    for (int64_t i = 0; i < t.dim; i += kLanes)
-      store(s.values + j * t.width + i, load(t.a.extra_v + at + i, (int)least(kLanes, t.dim - i)));
+    const int64_t at = ((start + j) * t.a.kv_heads + t.kv_head) * t.dim;
+    for (int64_t d = 0; d < t.dim; ++d)
+      Products::put_key(packed<Products>(s.keys), packed<Products>(s.values), j, d, t.dim, t.width, t.a.extra_k[at + d],
+                        t.a.extra_v[at + d]);
   }
 }
 
-// What every row has seen before the first chunk: nothing, or the layer's own keys. The queries are loaded already.
-static void begin_rows(const View& t, const Tile& tile, const Scratch& s) {
+// What every row of a tile has seen before the first chunk: nothing, or the layer's own keys. The queries are loaded
+// already.
+template <class Products, class T>
+static void begin_rows(const View& t, const T*, const Scratch& s) {
   clear(s.state, t.rows, t.width);
   if (!t.a.extras) return;
-  Attend unmasked = t.a;
-  unmasked.causal = false, unmasked.bias = nullptr;
-  View own(unmasked, tile);
-  own.present = t.a.extras;
-  for (int64_t start = 0; start < own.present; start += kChunk) {
-    const int keys = (int)least(kChunk, own.present - start);
-    Source<float> copies;
-    pack_extras(own, start, keys, tile.kv_head, s);
-    locate_packed(own, (keys + kLanes - 1) / kLanes, s, &copies);
-    attend_chunk<false>(own, tile, start, copies, s, s.part);
+  View own = t;
+  for (Query& query : own.queries) query.limit = t.a.extras, query.bias = nullptr;
+  for (int64_t start = 0; start < t.a.extras; start += kChunk) {
+    const int keys = (int)least(kChunk, t.a.extras - start);
+    Source<typename Products::Packed> copies;
+    pack_extras<Products>(own, start, keys, s);
+    locate_packed<Products>(own, (keys + kLanes - 1) / kLanes, s, &copies);
+    attend_chunk<Products, false, T>(own, {0, t.rows, start, 0, keys}, keys, copies, s, s.part);
     merge_into(s.state, s.part, t.rows, t.width);
   }
 }
 
-template <class T>
-static void attend_as(const Attend& a, const T*, const Tile& tile, int begin, int end, float* scratch,
+// Where one of a tile's chunks leaves its partial.
+static Partial place_of(const View& t, int64_t m, int chunk, float* partials) {
+  const int64_t rows = t.tile(m).queries * t.group;
+  return {partials + t.tile(m).partials + chunk * Partial::size(rows, t.width), rows};
+}
+
+// What was computed together goes to each tile's own place.
+static void hand_out(const View& t, int chunk, const Partial& part, float* partials) {
+  for (int64_t m = 0, row = 0; m < t.company.count; row += t.tile(m++).queries * t.group) {
+    const int64_t rows = t.tile(m).queries * t.group;
+    const Partial own = place_of(t, m, chunk, partials);
+    memcpy(own.peak, part.peak + row, rows * sizeof(float));
+    memcpy(own.total, part.total + row, rows * sizeof(float));
+    memcpy(own.values, part.values + row * t.width, rows * t.width * sizeof(float));
+  }
+}
+
+template <class Products, class T>
+static void attend_as(const Attend& a, const T* pool, const Company& company, int begin, int end, float* scratch,
                       float* partials) {
-  const View t(a, tile);
+  const View t(a, company);
   const Scratch s(scratch, t.rows, t.dim, t.width);
   const bool even = a.block_size % kLanes == 0;  // no vector of keys crosses a block's end
-  const bool direct = even && t.dim == t.width && (t.rows <= kDirectRows || sizeof(T) == sizeof(float));
-  load_queries(t, s);
-  if (!partials) begin_rows(t, tile, s);
+  const bool direct = even && t.dim == t.width && (t.rows <= Products::direct_rows || sizeof(T) == sizeof(float));
+  const bool alone = company.count == 1, finished = t.tile(0).partials < 0;
+  const int64_t seen = least((int64_t)end * kChunk, t.limit(0, t.rows));
+  load_queries<Products>(t, s);
+  if (finished) begin_rows<Products>(t, pool, s);
   for (int chunk = begin; chunk < end; ++chunk) {
     const int64_t start = (int64_t)chunk * kChunk;
-    const int keys = (int)least(kChunk, t.limit(t.rows - 1) - start), vecs = (keys + kLanes - 1) / kLanes;
-    const int64_t size = Partial::size(t.rows, t.width);
-    const Partial part = partials ? Partial(partials + (chunk - begin) * size, t.rows) : s.part;
+    const int keys = (int)least(kChunk, seen - start), common = t.common(start, keys);
+    const int vecs = (common + kLanes - 1) / kLanes;
+    const Span all = {0, t.rows, start, 0, keys};
+    const Partial part = finished || !alone ? s.part : place_of(t, 0, chunk, partials);
     Source<T> source;
-    if (even) locate(t, start, vecs, tile.kv_head, least((int64_t)end * kChunk, t.limit(t.rows - 1)), &source);
+    if (even) locate(t, t.table(0), start, vecs, common == keys ? seen : start + common, &source);
     if (direct) {
-      attend_chunk<true>(t, tile, start, source, s, part);
+      attend_chunk<Products, true, T>(t, all, common, source, s, part);
     } else {
-      Source<float> copies;
-      if (even) pack_vecs(t, source, keys, s);
-      else pack_keys<T>(t, start, keys, tile.kv_head, s);
-      locate_packed(t, vecs, s, &copies);
-      attend_chunk<false>(t, tile, start, copies, s, part);
+      Source<typename Products::Packed> copies;
+      if (even) pack_vecs<Products>(t, source, common, s);
+      else pack_keys<Products, T>(t, start, common, s);
+      locate_packed<Products>(t, vecs, s, &copies);
+      attend_chunk<Products, false, T>(t, all, common, copies, s, part);
     }
-    if (!partials) merge_into(s.state, part, t.rows, t.width);
+    if (finished) merge_into(s.state, part, t.rows, t.width);
+    else if (!alone) hand_out(t, chunk, part, partials);
   }
-  if (!partials) finish(t, s.state);
+  if (finished) finish(t, s.state);
 }
 
 // ---- what the driver calls ----
@@ -501,18 +526,37 @@ static void write(const Attend& a, int64_t begin, int64_t end, float* scratch) {
   typed(a.cache_dtype, a.k_blocks.data, [&](auto* pool) { write_as(a, pool, begin, end, scratch); });
 }
 
-static void attend(const Attend& a, const Tile& tile, int begin, int end, float* scratch, float* partials) {
-  typed(a.cache_dtype, a.k_blocks.data, [&](auto* pool) { attend_as(a, pool, tile, begin, end, scratch, partials); });
+// Calls f with the products to use and a pointer of what the cache holds. Models of bfloat16 round each result to it
+// anyway, so they multiply pairs of it where the processor does; a past in float32 asks for more.
+template <bool kBf16, class F>
+static void with_products(const Attend& a, F f) {
+  typed(a.cache_dtype, a.k_blocks.data, [&](auto* pool) {
+#if defined(__AVX512F__)
+    if constexpr (kBf16 && sizeof(*pool) == 2)
+      if (a.dtype == DType::bf16) return f(InPairs{}, pool);
+#endif
+    f(InFloats{}, pool);
+  });
 }
 
-static void merge(const Attend& a, const Tile& tile, float* scratch, const float* partials) {
-  const View t(a, tile);
+template <bool kBf16>
+static void attend(const Attend& a, const Company& company, int begin, int end, float* scratch, float* partials) {
+  with_products<kBf16>(a, [&](auto products, auto* pool) {
+    attend_as<decltype(products)>(a, pool, company, begin, end, scratch, partials);
+  });
+}
+
+template <bool kBf16>
+static void merge(const Attend& a, const Tile& tile, float* scratch, float* partials) {
+  const int32_t itself = 0;
+  const View t(a, {&tile, &itself, 1});
   const Scratch s(scratch, t.rows, t.dim, t.width);
-  if (a.extras) load_queries(t, s);
-  begin_rows(t, tile, s);
+  with_products<kBf16>(a, [&](auto products, auto* pool) {
+    if (a.extras) load_queries<decltype(products)>(t, s);
+    begin_rows<decltype(products)>(t, pool, s);
+  });
   for (int chunk = 0; chunk < tile.chunks; ++chunk)
-    merge_into(s.state, Partial(const_cast<float*>(partials) + chunk * Partial::size(t.rows, t.width), t.rows), t.rows,
-               t.width);
+    merge_into(s.state, place_of(t, 0, chunk, partials), t.rows, t.width);
   finish(t, s.state);
 }
 

@@ -23,9 +23,10 @@ extern const Variant table;
 
 namespace {
 
-constexpr int64_t kTileRows = 96;           // (query, head) pairs in one tile
 constexpr int64_t kReadCost = 6;            // reading and converting one key, in rows attending to it
 constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's share over this are split by chunks
+constexpr int64_t kJointPerThread = 4;      // tiles attended together that cost more than this share are taken apart
+constexpr int64_t kLeastShared = 64;        // keys of a chunk that rows must have in common to be attended together
 constexpr int64_t kStepsPerThread = 8;      // a linear's outputs are taken in so many steps, whoever is free
 constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
@@ -60,46 +61,147 @@ void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("keypast::attend: ") + what);
 }
 
-void add_tiles(const Attend& a, int64_t row, Plan* plan) {
-  const int64_t group = a.heads / a.kv_heads, per_tile = std::max<int64_t>(1, kTileRows / group);
-  const int64_t queries = a.query_start[row + 1] - a.query_start[row];
-  for (int64_t first = 0; first < queries; first += per_tile) {
-    const int64_t n = std::min(per_tile, queries - first);
-    int64_t keys = a.present_length[row];
-    if (a.causal) keys = std::min(keys, a.past_length[row] + first + n);
-    const int64_t chunks = (keys + kChunk - 1) / kChunk, cost = keys * (n * group + kReadCost) * a.head_dim;
-    for (int64_t head = 0; head < a.kv_heads; ++head) {
-      const auto index = static_cast<int32_t>(plan->tiles.size());
-      plan->tiles.push_back({int32_t(row), int32_t(head), int32_t(first), int32_t(n), int32_t(chunks), -1});
-      plan->tasks.push_back({index, 0, int32_t(chunks), cost});
-      plan->cost += cost;
-    }
-    plan->most_rows = std::max(plan->most_rows, n * group);
-  }
+int64_t rows_of(const Attend& a, const Tile& tile) { return tile.queries * (a.heads / a.kv_heads); }
+
+int64_t keys_of(const Attend& a, const Tile& tile) {  // that its longest-sighted query sees
+  const int64_t present = a.present_length[tile.row], past = a.past_length[tile.row];
+  return a.causal ? std::min(present, past + tile.first + tile.queries) : present;
 }
 
-// Splits a task so that no part costs more than `share`; its tile's chunks are then merged after all tasks are done.
+int64_t cost_of(const Attend& a, int64_t keys, int64_t rows) { return keys * (rows + kReadCost) * a.head_dim; }
+
+void add_task(const Attend& a, int32_t tile, int32_t begin, Plan* plan) {
+  const Tile& t = plan->tiles[tile];
+  const int64_t cost = cost_of(a, keys_of(a, t) - int64_t{begin} * kChunk, rows_of(a, t));
+  plan->tasks.push_back({int32_t(plan->members.size()), 1, begin, t.chunks, cost});
+  plan->members.push_back(tile);
+  plan->cost += cost;
+}
+
+void add_tiles(const Attend& a, int64_t row, Plan* plan) {
+  const int64_t per_tile = std::max<int64_t>(1, kTileRows / (a.heads / a.kv_heads));
+  const int64_t queries = a.query_start[row + 1] - a.query_start[row];
+  for (int64_t first = 0; first < queries; first += per_tile)
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      const int64_t n = std::min(per_tile, queries - first);
+      Tile tile{int32_t(row), int32_t(head), int32_t(first), int32_t(n), 0, -1};
+      tile.chunks = int32_t((keys_of(a, tile) + kChunk - 1) / kChunk);
+      plan->tiles.push_back(tile);
+      plan->most_rows = std::max(plan->most_rows, rows_of(a, tile));
+    }
+}
+
+void keep_partials(const Attend& a, Tile* tile, Plan* plan) {
+  if (tile->partials >= 0) return;
+  tile->partials = plan->partial_floats;
+  plan->partial_floats += tile->chunks * chosen().partial_size(a, rows_of(a, *tile));
+}
+
+// Finds batch rows whose first keys lie in the same blocks, forks of one session mostly, and has those keys read once.
+class Joiner {
+ public:
+  Joiner(const Attend& args, Plan* result) : a(args), plan(result) {}
+
+  // Adds the tasks of all tiles.
+  void add_tasks() {
+    for (size_t i = 0; i < plan->tiles.size(); ++i) {
+      if (!may_join(plan->tiles[i])) add_task(a, int32_t(i), 0, plan);
+      else if (plan->tiles[i].kv_head == 0) order.push_back(int32_t(i));
+    }
+    std::sort(order.begin(), order.end(), [&](int32_t x, int32_t y) {
+      const int32_t *first = table(x), *second = table(y);
+      const auto [at, other] = std::mismatch(first, first + blocks(x), second, second + blocks(y));
+      if (at != first + blocks(x) && other != second + blocks(y)) return *at < *other;
+      return blocks(x) != blocks(y) ? blocks(x) < blocks(y) : x < y;
+    });
+    shared.assign(order.size() + 1, 0);
+    for (size_t i = 1; i < order.size(); ++i) shared[i] = common(order[i - 1], order[i]);
+    add_runs(0, order.size(), 0);
+  }
+
+ private:
+  // Rows whose queries fill half a tile gain little, and vectors must not cross the ends of blocks.
+  bool may_join(const Tile& tile) const {
+    const int64_t queries = a.query_start[tile.row + 1] - a.query_start[tile.row];
+    return a.rows > 1 && a.block_size % kLanes == 0 && a.head_dim % kLanes == 0 && tile.queries == queries &&
+           2 * rows_of(a, tile) <= kTileRows;
+  }
+
+  // Tiles of one row follow each other, in order of their heads; `order` holds the first ones.
+  const int32_t* table(int32_t tile) const { return a.block_table + plan->tiles[tile].row * a.table_stride; }
+  int64_t keys(int32_t tile) const { return keys_of(a, plan->tiles[tile]); }
+  int64_t blocks(int32_t tile) const { return (keys(tile) + a.block_size - 1) / a.block_size; }
+
+  int64_t common(int32_t x, int32_t y) const {
+    const int64_t n = std::min(blocks(x), blocks(y));
+    const int64_t same = std::mismatch(table(x), table(x) + n, table(y)).first - table(x);
+    return std::min({same * a.block_size, keys(x), keys(y)});
+  }
+
+  // Takes order[begin, end) apart into rows that share keys of this chunk, and those again for the chunks behind.
+  void add_runs(size_t begin, size_t end, int32_t chunk) {
+    const int64_t least = int64_t{chunk} * kChunk + kLeastShared;
+    for (size_t i = begin, next; i < end; i = next) {
+      int64_t rows = rows_of(a, plan->tiles[order[i]]), same = keys(order[i]);
+      for (next = i + 1; next < end && shared[next] >= least; ++next) {
+        const int64_t more = rows_of(a, plan->tiles[order[next]]);
+        if (rows + more > kTileRows) break;
+        rows += more, same = std::min(same, shared[next]);
+      }
+      if (next - i > 1) add_joint(i, next, chunk, same);
+      else if (chunk < plan->tiles[order[i]].chunks || !chunk) add_alone(order[i], chunk);
+    }
+  }
+
+  void add_alone(int32_t tile, int32_t chunk) {
+    for (int32_t head = 0; head < a.kv_heads; ++head) add_task(a, tile + head, chunk, plan);
+  }
+
+  void add_joint(size_t begin, size_t end, int32_t chunk, int64_t same) {
+    const int64_t start = int64_t{chunk} * kChunk, shared_keys = std::min<int64_t>(same - start, kChunk);
+    int64_t rows = 0, cost = 0;
+    for (size_t i = begin; i < end; ++i) {
+      const int64_t own = rows_of(a, plan->tiles[order[i]]);
+      cost += cost_of(a, std::min<int64_t>(keys(order[i]) - start, kChunk) - shared_keys, own);
+      rows += own;
+    }
+    cost += cost_of(a, shared_keys, rows);
+    plan->most_rows = std::max(plan->most_rows, rows);
+    for (int32_t head = 0; head < a.kv_heads; ++head) {
+      plan->tasks.push_back({int32_t(plan->members.size()), int32_t(end - begin), chunk, chunk + 1, cost});
+      plan->cost += cost;
+      for (size_t i = begin; i < end; ++i) {
+        keep_partials(a, &plan->tiles[order[i] + head], plan);
+        plan->members.push_back(order[i] + head);
+      }
+    }
+    add_runs(begin, end, chunk + 1);
+  }
+
+  const Attend& a;
+  Plan* plan;
+  std::vector<int32_t> order;   // the first tile of each row that may join, by block tables
+  std::vector<int64_t> shared;  // keys that a row in `order` has in common with the one before
+};
+
+// Splits a task so that no part costs more than `share`: one tile's by chunks, several tiles' into fewer at a time.
 void split(const Attend& a, int64_t share, size_t index, Plan* plan) {
   const Task task = plan->tasks[index];
-  const int64_t parts = std::min<int64_t>(task.end, (task.cost + share - 1) / share);
+  const bool alone = task.count == 1;
+  const int64_t limit = alone ? share : share * kTasksPerThread / kJointPerThread;
+  const int64_t n = alone ? task.end - task.begin : task.count;
+  const int64_t parts = std::min<int64_t>(n, (task.cost + limit - 1) / limit);
   if (parts < 2) return;
-  Tile& tile = plan->tiles[task.tile];
-  tile.partials = plan->partial_floats;
-  plan->partial_floats += task.end * chosen().partial_size(a, tile.queries * (a.heads / a.kv_heads));
+  if (alone) keep_partials(a, &plan->tiles[plan->members[task.first]], plan);
   for (int64_t i = 0; i < parts; ++i) {
-    const int64_t begin = task.end * i / parts, end = task.end * (i + 1) / parts;
-    const Task part = {task.tile, int32_t(begin), int32_t(end), task.cost / parts};
+    const int32_t begin = int32_t(n * i / parts), end = int32_t(n * (i + 1) / parts);
+    Task part = task;
+    part.cost = task.cost / parts;
+    if (alone) part.begin = task.begin + begin, part.end = task.begin + end;
+    else part.first = task.first + begin, part.count = end - begin;
     if (i == 0) plan->tasks[index] = part;
     else plan->tasks.push_back(part);
   }
-}
-
-void run_task(const Attend& a, const Variant& kernels, const Plan& plan, const Task& task, float* scratch,
-              float* partials) {
-  const Tile& tile = plan.tiles[task.tile];
-  if (tile.partials < 0) return kernels.attend(a, tile, 0, tile.chunks, scratch, nullptr);
-  const int64_t size = kernels.partial_size(a, tile.queries * (a.heads / a.kv_heads));
-  kernels.attend(a, tile, task.begin, task.end, scratch, partials + tile.partials + task.begin * size);
 }
 
 // Positions of no row give zeros.
@@ -155,9 +257,11 @@ void check(const Attend& a) {
 
 void make_plan(const Attend& a, int threads, Plan* plan) {
   plan->tiles.clear();
+  plan->members.clear();
   plan->tasks.clear();
   plan->cost = plan->most_rows = plan->partial_floats = 0;
   for (int64_t row = 0; row < a.rows; ++row) add_tiles(a, row, plan);
+  Joiner(a, plan).add_tasks();
   if (threads == 1 || plan->cost < kSerialCost) return;
   const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
   for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
@@ -171,12 +275,15 @@ void attend_together(const Attend& a, const Plan& plan, float* partials, Turns* 
   kernels.write(a, me.begin(a.written), me.end(a.written), scratch);
   if (me.index == 0) turns->task = 0, turns->tile = 0, clear_padding(a);
   me.wait();
-  for (size_t t; (t = turns->task.fetch_add(1)) < plan.tasks.size();)
-    run_task(a, kernels, plan, plan.tasks[t], scratch, partials);
+  for (size_t t; (t = turns->task.fetch_add(1)) < plan.tasks.size();) {
+    const Task& task = plan.tasks[t];
+    const Company company = {plan.tiles.data(), plan.members.data() + task.first, task.count};
+    kernels.attend(a, company, task.begin, task.end, scratch, partials);
+  }
   if (!plan.partial_floats) return;
   me.wait();
   for (size_t t; (t = turns->tile.fetch_add(1)) < plan.tiles.size();)
-    if (plan.tiles[t].partials >= 0) kernels.merge(a, plan.tiles[t], scratch, partials + plan.tiles[t].partials);
+    if (plan.tiles[t].partials >= 0) kernels.merge(a, plan.tiles[t], scratch, partials);
 }
 
 void attend(const Attend& a, int threads) {
@@ -184,8 +291,8 @@ void attend(const Attend& a, int threads) {
   static thread_local Plan plan;  // keeps its vectors' memory
   make_plan(a, threads, &plan);
   Turns turns;
-  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, nullptr, &turns, Member{0, 1});
   float* partials = partial_buffer.reserve(plan.partial_floats);
+  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, partials, &turns, Member{0, 1});
   const Plan& work = plan;
 #pragma omp parallel num_threads(threads)
   attend_together(a, work, partials, &turns, Member());

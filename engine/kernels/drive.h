@@ -38,12 +38,14 @@ struct Member {
 };
 
 struct Task {
-  int32_t tile, begin, end;  // chunks [begin, end)
+  int32_t first, count;  // of its tiles in Plan::members
+  int32_t begin, end;    // chunks [begin, end)
   int64_t cost;
 };
 
 struct Plan {
   std::vector<Tile> tiles;
+  std::vector<int32_t> members;  // indices of tiles
   std::vector<Task> tasks;
   int64_t cost = 0, most_rows = 0, partial_floats = 0;
 };

@@ -8,6 +8,7 @@ namespace keypast {
 // values from scratch, and chunks are merged in order, so a query's bits do not depend on how work is shared out.
 constexpr int kChunk = 512;
 constexpr int kLanes = 16;  // keys (or channels) in one vector, on every instruction set
+constexpr int kTileRows = 96;  // (query, head) pairs in one tile, unless a single query has more heads
 
 enum class DType { f16, bf16, f32 };
 
@@ -52,6 +53,13 @@ struct Tile {
   int32_t row, kv_head, first, queries;
   int32_t chunks;    // chunks its longest-sighted query sees
   int64_t partials;  // offset of its chunk partials when several tasks share the tile, else -1
+};
+
+// Tiles of one kv head whose chunks are attended together: keys that lie in the same blocks for all are read once.
+struct Company {
+  const Tile* tiles;
+  const int32_t* members;  // indices of `tiles`
+  int64_t count;
 };
 
 struct Norm {
@@ -131,9 +139,11 @@ struct Variant {
   int64_t (*scratch_size)(const Attend&, int64_t rows);
   int64_t (*partial_size)(const Attend&, int64_t rows);
   void (*write)(const Attend&, int64_t first_token, int64_t last_token, float* scratch);
-  // Attends chunks [begin, end). With `partials` leaves one partial per chunk there, else finishes the output.
-  void (*attend)(const Attend&, const Tile&, int begin, int end, float* scratch, float* partials);
-  void (*merge)(const Attend&, const Tile&, float* scratch, const float* partials);
+  // Attends chunks [begin, end). A tile with a place in `partials` leaves one per chunk there; one without, which is
+  // alone, is finished.
+  void (*attend)(const Attend&, const Company&, int begin, int end, float* scratch, float* partials);
+  // Of a tile that left partials: makes its output of them.
+  void (*merge)(const Attend&, const Tile&, float* scratch, float* partials);
   void (*rms_norm)(const Norm&, int64_t begin, int64_t end);
   void (*silu_gate)(const Gate&, int64_t begin, int64_t end);
   // A linear's inputs as its products want them, rows [begin, end).

@@ -12,8 +12,8 @@ namespace keypast::KEYPAST_VARIANT {
 #define KEYPAST_VARIANT_TABLE(symbol, name, vnni, bf16)                                                 \
   extern const Variant symbol;                                                                          \
   const Variant symbol = {                                                                              \
-      name,         scratch_size, partial_size, write, attend, merge, rms_norm, silu_gate, prepare<bf16>, \
-      multiply<vnni, bf16>,                                                                             \
+      name,         scratch_size, partial_size, write, attend<bf16>, merge<bf16>, rms_norm, silu_gate, \
+      prepare<bf16>, multiply<vnni, bf16>,                                                                             \
   };
 
 KEYPAST_VARIANT_TABLE(table, KEYPAST_TEXT(KEYPAST_VARIANT), false, false)
