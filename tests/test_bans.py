@@ -9,7 +9,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load", "os.system", "os.popen"}
-ROOMS = ("engine", "keypast", "service", "benchmarks", "examples", "deploy")  # tests make pickles, to send them
+ROOMS = (
+    "engine",
+    "keypast",
+    "service",
+    "benchmarks",
+    "examples",
+    "deploy",
+    "tools",
+)  # tests make pickles, to send them
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
 
