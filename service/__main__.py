@@ -4,6 +4,7 @@ import os
 import sys
 from functools import partial
 
+from service.host import processors
 from service.settings import Settings, SettingsError, read_settings
 
 
@@ -31,8 +32,10 @@ def _set_threads(settings: Settings) -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if settings.threads or settings.model_parallel > 1:
-        threads = settings.threads or len(os.sched_getaffinity(0))
+    may_run = processors()  # fewer than there are, in a container with a quota, which OpenMP does not know
+    limited = may_run < len(os.sched_getaffinity(0)) and "OMP_NUM_THREADS" not in os.environ
+    if settings.threads or settings.model_parallel > 1 or limited:
+        threads = settings.threads or may_run
         os.environ["OMP_NUM_THREADS"] = str(max(1, threads // settings.model_parallel))
     if settings.model_parallel > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from service.host import host_memory
 from service.lifecycle import Loaded, Progress
 from service.logs import logger
 from service.settings import Settings, parse_memory
@@ -15,8 +15,6 @@ from service.text import TextModel
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def load_models(settings: Settings, progress: Progress) -> Loaded:
@@ -99,14 +97,4 @@ def free_memory(device: str) -> int:
 
         free: int = torch.cuda.mem_get_info()[0]
         return free
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return min(int(fields["MemAvailable"].split()[0]) * 1024, _free_in_cgroup())
-
-
-def _free_in_cgroup() -> int:
-    """What a container may still take; no limit is as good as a very high one."""
-    try:
-        limit = int((_CGROUP / "memory.max").read_text())
-        return limit - int((_CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return 1 << 60
+    return host_memory()

@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(
         default=True, description="on a GPU, steps are recorded at start and played back: a slower start, faster steps"
     )
-    threads: int = Field(default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core")
+    threads: int = Field(
+        default=0, ge=0, le=4096, description="threads that a forward pass uses; 0: one a core that it may use"
+    )
     model_parallel: int = Field(
         default=1, ge=1, le=64, description="ranks that share each model by its heads: processes, on GPUs one each"
     )

@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "keypast": ("C", "S0"),
     "service.settings service.errors service.limits service.worker service.logs service.watching service.once"
-    " service.bodies service.traffic": (
+    " service.bodies service.traffic service.host": (
         "S1",
         "S0 L0 L1 L5 L3",
     ),
