@@ -3,6 +3,7 @@
 #   docker build -t keypast .                          the CPU, SmolLM2-135M inside
 #   docker build -t keypast:cuda --build-arg DEVICE=cuda .
 #   docker build -t keypast --build-arg MODEL=none .   no model: mount one, and say KEYPAST_MODELS (docs/operations.md)
+#   docker build -t keypast:loadtest --target loadtest .   `keypast loadtest` alone, which needs no torch
 
 FROM docker.io/library/python:3.11-slim-bookworm AS builder
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
@@ -18,11 +19,15 @@ ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN index="$TORCH_INDEX"; if [ "$DEVICE" = cuda ]; then index=; fi; \
     pip install --no-deps ${index:+--index-url "$index"} "$TORCH"
 
-# Then what keypast needs, as it was tested; and only then keypast, so that a change of it installs nothing else.
+# Then what keypast needs, as it was tested; the kernels by themselves; and only then keypast, so that a change of it
+# neither installs nor compiles anything else.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
     print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
+COPY engine/__init__.py engine/
+COPY engine/kernels engine/kernels
+RUN python -m engine.kernels.build --cache /opt/keypast/cache
 COPY README.md LICENSE ./
 COPY keypast keypast
 COPY engine engine
@@ -30,7 +35,6 @@ COPY service service
 RUN pip install --no-deps .
 
 WORKDIR /
-RUN python -m engine.kernels.build --cache /opt/keypast/cache
 
 # The default model, converted; the download is not kept.
 ARG MODEL=default
@@ -39,6 +43,25 @@ RUN mkdir -p /opt/keypast/models && if [ "$MODEL" = default ]; then \
     cache = pathlib.Path(tempfile.mkdtemp()); \
     shutil.move(gguf.convert(gguf.default_model(cache, print), cache, print), '/opt/keypast/models/smollm2-135m')"; fi \
     && rm -rf /tmp/* && chmod -R a+rX /opt/keypast
+
+
+FROM docker.io/library/python:3.11-slim-bookworm AS tester
+RUN python -m venv /opt/keypast/venv
+ENV PATH=/opt/keypast/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY keypast keypast
+COPY engine engine
+COPY service service
+RUN pip install -c constraints.txt '.[loadtest]'
+
+
+FROM docker.io/library/python:3.11-slim-bookworm AS loadtest
+COPY --from=tester /opt/keypast /opt/keypast
+ENV PATH=/opt/keypast/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+WORKDIR /tmp
+USER 10001:10001
+ENTRYPOINT ["keypast", "loadtest"]
 
 
 FROM docker.io/library/python:3.11-slim-bookworm

@@ -11,11 +11,12 @@ TORCH ?= torch==2.13.0
 # Tests run side by side on so many cores.
 WORKERS ?= 2
 
-.PHONY: help serve install test test-slow check format reference docs bench bench-peers gpu-check clean
+.PHONY: help serve install test test-slow test-containers check format reference docs bench bench-peers gpu-check clean
 
 help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
 	@echo "make test       install what tests need, run the fast suite (make test-slow: the rest)"
+	@echo "make test-containers   build the image, run it, docker compose up; on Debian 12, as root, without Docker"
 	@echo "make check      format, lint, types, import layers"
 	@echo "make reference  write the generated pages and pictures of docs/ anew"
 	@echo "make docs       build docs/ as a site, into build/site"
@@ -32,6 +33,12 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow --timeout=900
+
+# Podman, a base image and Prometheus' out of Debian's packages; twenty minutes and 10 GB the first time.
+CONTAINERS_DIR ?= /var/tmp/keypast-containers
+test-containers: $(VENV)/.dev
+	tests/containers/setup.sh $(CONTAINERS_DIR)
+	CONTAINERS_DIR=$(CONTAINERS_DIR) $(BIN)/python -m pytest -m containers tests/containers
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
