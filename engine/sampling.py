@@ -8,6 +8,7 @@ from torch import Tensor
 from engine.batch import Sample
 
 SPREAD = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring (seed, row, position) give unrelated streams
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))  # splitmix64's shifts and factors
 TOGETHER = 32  # rows that are drawn at once: what is made on the way is ten times their logits
 CANDIDATES = 1024  # top_p looks at so many first: sorting a whole vocabulary takes milliseconds
 
@@ -62,7 +63,7 @@ def _draw_some(logits: Tensor, settings: Tensor, seeds: Tensor, truncates: bool)
 def _exponential(seeds: Tensor, size: int) -> Tensor:
     """float64 (R, size), Exp(1): splitmix64 (Steele et al. 2014) of a counter, a stream a seed."""
     x = seeds[:, None] + torch.arange(1, size + 1, device=seeds.device) * _signed(SPREAD)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+    for shift, factor in _ROUNDS:
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)  # never 0, never 1
     return -torch.log1p(-uniform)
@@ -86,9 +87,9 @@ def _draw_one(logits: Tensor, sample: Sample, history: Tensor | None, key: tuple
     # The largest logit goes to 0 before the division: however small the temperature, nothing overflows.
     probabilities = torch.softmax((logits - logits.max()) / sample.temperature, -1)
     probabilities = _truncate(probabilities, sample)
-    # The Gumbel-max form of a draw: argmax(p / e) with e ~ Exp(1).
-    noise = torch.empty(probabilities.shape).exponential_(generator=_generator(sample.seed, *key))
-    return (probabilities / noise.to(probabilities.device)).argmax(-1)
+    # Where a point between 0 and their sum falls: one number a draw, where Gumbel's trick needs one a token.
+    ends = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(ends, ends[-1] * _uniform(sample.seed, *key), right=True)
 
 
 def _truncate(probabilities: Tensor, sample: Sample) -> Tensor:
@@ -111,8 +112,12 @@ def _penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
     return logits.scatter(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 
-def _generator(seed: int, row: int, position: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_mix(seed, row, position))
+def _uniform(seed: int, row: int, position: int) -> float:
+    """In [0, 1): splitmix64 (Steele et al. 2014)."""
+    x = _mix(seed, row, position)
+    for shift, factor in _ROUNDS:
+        x = ((x ^ (x >> shift)) * factor) % 2**64
+    return (x >> 11) / 2**53
 
 
 def _mix(seed: int, row: int, position: int) -> int:
