@@ -50,7 +50,13 @@ class Podman:
 
     def healthy(self, name: str, seconds: float = 120) -> float:
         """Waits for the image's own health check, which nothing runs by itself without systemd: seconds."""
-        return until(lambda: self("healthcheck", "run", name, check=False).returncode == 0, seconds)
+
+        def is_healthy() -> bool:
+            running = self("inspect", "--format={{.State.Running}}", name).stdout.strip() == "true"
+            assert running, f"it has ended:\n{self.logs(name)}"
+            return self("healthcheck", "run", name, check=False).returncode == 0
+
+        return until(is_healthy, seconds)
 
     def logs(self, name: str) -> str:
         done = self("logs", name)

@@ -65,7 +65,8 @@ def up(podman: Podman, compose: Compose, image: str, tester: str) -> Iterator[ht
     compose("up", "-d", "--no-build", "--pull=never", "keypast", "prometheus")
     try:
         podman.healthy("keypast-keypast-1")
-        yield httpx.Client(base_url="http://127.0.0.1:18000")
+        with httpx.Client(base_url="http://127.0.0.1:18000") as client:
+            yield client
     finally:
         compose("--profile=loadtest", "down", "-v", "-t", "30")
 
