@@ -1,6 +1,5 @@
 """From a model's spec to a runner: the model, a backend that can run here, and a pool of the memory it is given."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,10 +13,6 @@ from engine.models.base import LoadOptions as ModelOptions
 from engine.models.base import Model, Progress
 from engine.runner import ModelRunner, Together
 from engine.text import Tokenizer
-
-# A step reads all weights and pasts from end to end, which is faster in pages of 2 MB than of 4 KB. torch looks at this
-# at its first large tensor, and asks for such pages where the kernel gives them to who asks.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @dataclass(frozen=True, kw_only=True)

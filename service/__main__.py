@@ -13,14 +13,14 @@ def main() -> None:
         settings = read_settings()
     except SettingsError as error:
         sys.exit(f"keypast: {error}")
-    _set_threads(settings)
+    _set_up_torch(settings)
     from service.loader import load_models
     from service.server import serve
 
     sys.exit(serve(partial(load_models, settings), settings))
 
 
-def _set_threads(settings: Settings) -> None:
+def _set_up_torch(settings: Settings) -> None:
     """Must run before torch is imported, whose OpenMP reads this once; hence the imports above. An operator's own
     settings stay.
 
@@ -28,8 +28,12 @@ def _set_threads(settings: Settings) -> None:
     slice a parallel region; not spinning at all costs a wake-up a region (a step of 16 ms instead of 9). This many
     turns outlast the gaps inside a step and little more.
 
+    A step reads all weights and pasts from end to end, which is faster in pages of 2 MB than of 4 KB: torch asks for such
+    pages, where the kernel gives them to who asks.
+
     The ranks that share a model inherit this: they share the threads, and talk to each other inside this machine only.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     may_run = processors()  # fewer than there are, in a container with a quota, which OpenMP does not know

@@ -1,5 +1,6 @@
 """Our engine over one decoder, in process, for comparisons with what has no server."""
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ from engine.engine import Engine
 from engine.loading import LoadOptions, load_model
 
 STEPS = 40
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the service does, before the first large tensor
 
 
 def run(engine: Engine, appends: list[Append]) -> None:
