@@ -28,8 +28,8 @@ def _set_up_torch(settings: Settings) -> None:
     slice a parallel region; not spinning at all costs a wake-up a region (a step of 16 ms instead of 9). This many
     turns outlast the gaps inside a step and little more.
 
-    A step reads all weights and pasts from end to end, which is faster in pages of 2 MB than of 4 KB: torch asks for such
-    pages, where the kernel gives them to who asks.
+    A step reads all weights and pasts from end to end, which is faster in pages of 2 MB than of 4 KB: torch asks for
+    such pages, where the kernel gives them to who asks.
 
     The ranks that share a model inherit this: they share the threads, and talk to each other inside this machine only.
     """

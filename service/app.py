@@ -12,6 +12,7 @@ from service.auth import PUBLIC, Authenticate, KeyRing
 from service.bodies import Bodies
 from service.direct import Direct
 from service.errors import add_handlers
+from service.host import processors
 from service.lifecycle import Load, Service
 from service.limits import RequestRate, Turnstile
 from service.logs import RequestLog
@@ -66,7 +67,8 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
     app.add_middleware(Direct, inference.router.routes)
     app.add_middleware(Bodies, settings.body_seconds, settings.bodies_bytes)
     guaranteed = [tenant for tenant, quota in settings.tenant_quotas.items() if quota.guaranteed_blocks]
-    turnstile = Turnstile(guaranteed, settings.guard_requests)
+    per_second = 50 * processors() if settings.guard_requests is None else settings.guard_requests
+    turnstile = Turnstile(guaranteed, per_second)
     app.add_middleware(Authenticate, _keys(settings), RequestRate(settings.requests_per_minute), turnstile)
     app.add_middleware(RequestLog, app.state.traffic)
     return app

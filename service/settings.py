@@ -98,8 +98,10 @@ class Settings(BaseSettings):
         ge=1,
         description="positions of one batch that others have while a tenant with guaranteed blocks is at work",
     )
-    guard_requests: int = Field(
-        default=500, ge=0, description="requests a second that others make meanwhile, the rest waits; 0 for no bound"
+    guard_requests: int | None = Field(
+        default=None,
+        ge=0,
+        description="requests a second that others make then, the rest waits (50 a processor if not set; 0: no bound)",
     )
     max_rows: int = Field(default=256, ge=1, description="rows of one batch")
     gather_share: float = Field(
