@@ -23,11 +23,13 @@ from torch import Tensor
 
 from benchmarks.peers.compare import HEADER, Pairs, interleave, median_ms, report
 from benchmarks.peers.ours import run
+from engine.attention.base import AttentionInputs
+from engine.attention.view import PagedView
 from engine.batch import Append
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.kv_pool import KVPool
 from engine.loading import LoadOptions, load_model
-from engine.runner import Plan
 
 HIDDEN, HEADS = 1024, 16
 DIM = HIDDEN // HEADS
@@ -97,23 +99,26 @@ class Ours:
         self.engine = Engine([loaded.runner], EngineConfig())
 
     def layer(self, context: int) -> Callable[[], object]:
-        """A step of the layer alone, on a past of `context` positions in blocks of its own pool."""
-        runner, size = self.runner, EngineConfig().block_size
-        table = np.arange(runner.blocks - 1, runner.blocks - 2 - context // size, -1, dtype=np.int32)
-        shapes = runner.spec.past_tensors(1, context)
-        drawn = np.random.default_rng(0)
-        past = {name: drawn.standard_normal(shape).astype(dtype) for name, (dtype, shape) in shapes.items()}
-        runner.write_past([table.tolist()], [context], past)
-        attention = {
-            "query_start": np.array([0, 1], np.int32),
-            "past_length": np.array([context], np.int32),
-            "present_length": np.array([context + 1], np.int32),
-            "block_table": table[None],
-            "positions": np.array([context]),
-            "slots": np.array([int(table[context // size]) * size + context % size]),
-        }
-        inputs = {name: array[0] for name, array in self._inputs(1).items()}
-        return partial(runner.execute, Plan([], attention, inputs, need_weights=False))
+        """A step of the layer alone, its tensors at hand, on a past of `context` positions in blocks of its own."""
+        spec, size = self.runner.spec, EngineConfig().block_size
+        width = context // size + 1
+        pool = KVPool(spec.kv, width + 1, size, "cpu")
+        table = torch.arange(width, 0, -1, dtype=torch.int32)
+        for stored in (pool.k, pool.v):
+            stored.copy_(torch.randn(stored.shape))
+        inputs = AttentionInputs(
+            query_start=torch.tensor([0, 1], dtype=torch.int32),
+            past_length=torch.tensor([context], dtype=torch.int32),
+            present_length=torch.tensor([context + 1], dtype=torch.int32),
+            block_table=table[None],
+            positions=torch.tensor([context]),
+            slots=torch.tensor([int(table[-1]) * size + context % size]),
+            causal=False,
+            steps=True,
+        )
+        view = PagedView(pool, inputs, self.runner.backend)
+        given = {name: torch.ones(1, HIDDEN, dtype=torch.bfloat16) for name in ("query", "key", "value")}
+        return partial(self.runner.model.forward, given, view)
 
     def session(self, context: int) -> str:
         """With a past of `context` positions, appended in parts whose masks are small."""
