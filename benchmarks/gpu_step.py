@@ -104,7 +104,7 @@ def step_plan(batch: int, context: int) -> Plan:
         "positions": last,
         "slots": table[:, -1].astype(np.int64) * BLOCK + (context - 1) % BLOCK,
     }
-    return Plan([], attention, {"token_ids": np.arange(batch) + 1}, need_weights=False)
+    return Plan([], attention, {"token_ids": np.arange(batch) + 1}, need_weights=False, steps=True)
 
 
 def step_bytes(config: DecoderConfig, batch: int, context: int) -> int:

@@ -1,6 +1,7 @@
 """Owns the device: a batch becomes a plan, one forward pass, results. Decides nothing."""
 
 import contextlib
+from array import array
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,21 +30,18 @@ class Plan:
 
     `attention`: fields of AttentionInputs by name. `inputs`: the model's, packed: (T, ...) for those that ask, (S, ...)
     for those that are appended. When every row is a peek that has its tail there is neither, and no forward pass.
+    `steps`: each row has exactly one query.
     """
 
     copies: list[tuple[int, int]]
     attention: dict[str, Array]
     inputs: dict[str, Array]
     need_weights: bool
-
-    @property
-    def steps(self) -> bool:
-        """Each row has exactly one query."""
-        return bool((np.diff(self.attention["query_start"]) == 1).all())
+    steps: bool
 
     @property
     def is_step(self) -> bool:
-        """And a key to write, no mask, and nobody asks for probabilities."""
+        """Each row has one query, and a key to write, no mask, and nobody asks for probabilities."""
         one_key = len(self.attention["slots"]) == len(self.attention["past_length"]) > 0
         return one_key and self.steps and "bias" not in self.attention and not self.need_weights
 
@@ -86,17 +84,19 @@ class ModelRunner:
 
     def run(self, batch: Batch) -> list[RowResult]:
         """Raises DeviceFull, and what else a model may raise."""
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode():
             plan = self.plan(batch)
             with self._together("execute", plan):
-                computed = self.execute(plan)
-            return self.outputs(batch, computed)
+                computed = self._execute(plan)
+            return self._outputs(batch, computed)
         raise DeviceFull  # out here, with no trace of that error, which would hold what the pass had made
 
     def plan(self, batch: Batch) -> Plan:
         computed = [row for row in batch.rows if row.count or row.queries or row.replay]
         need_weights = any(row.work.want.need_weights for row in batch.rows)
-        return Plan(batch.copies, self._attention(computed), self._inputs(computed), need_weights)
+        steps = all(row.queries + row.replay == 1 for row in computed)
+        attention = self._steps(computed) if steps and _are_plain(computed) else self._attention(computed)
+        return Plan(batch.copies, attention, self._inputs(computed), need_weights, steps)
 
     @torch.inference_mode()
     def rehearse(self, rows: int, each: int) -> None:
@@ -114,7 +114,7 @@ class ModelRunner:
         asked = [tensor for tensor in self.spec.inputs if tensor.required]
         shapes = {tensor.name: (rows * each, *map(int, tensor.trailing)) for tensor in asked}
         inputs = {tensor.name: np.zeros(shapes[tensor.name], tensor.dtypes[0]) for tensor in asked}
-        made = self.execute(Plan([], attention, inputs, need_weights=False))
+        made = self.execute(Plan([], attention, inputs, need_weights=False, steps=each == 1))
         self.model.logits(made.hidden[:rows], made.view)
 
     @torch.inference_mode()
@@ -139,6 +139,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: Plan) -> Computed:
         """The blocks' copies and the forward pass."""
+        return self._execute(plan)
+
+    def _execute(self, plan: Plan) -> Computed:
         self._pool.copy(plan.copies)
         if self._graphs is not None and self.spec.history is not None and plan.is_step:
             played = self._graphs.play(plan.inputs[self.spec.history], plan.attention)
@@ -154,8 +157,7 @@ class ModelRunner:
             view.weights = [[self._ranks.gather(row, 0) for row in rows] for rows in view.weights]
         return Computed(hidden, view)
 
-    @torch.inference_mode()
-    def outputs(self, batch: Batch, made: Computed) -> list[RowResult]:
+    def _outputs(self, batch: Batch, made: Computed) -> list[RowResult]:
         """A result a row, in order."""
         return self.model.outputs(made.hidden, batch.rows, self._starts(batch.rows), made.view, made.logits)
 
@@ -211,6 +213,27 @@ class ModelRunner:
             own[:used] = blocks[:used]
         valid = np.arange(max(lengths)) < np.array(lengths)[:, None]
         return self._tensor(table), self._tensor(valid)
+
+    def _steps(self, rows: list[Row]) -> dict[str, Array]:
+        """What `_attention` gives for plain rows, at few calls of numpy: the pass before filled the caches with weights
+        and each of them costs several microseconds."""
+        size, lines = self._block_size, [row.table for row in rows]
+        start = array("i", [row.start for row in rows])
+        slots = array("q", [line[at // size] * size + at % size for line, at in zip(lines, start, strict=True)])
+        if len(rows) == 1:
+            tables = np.frombuffer(lines[0], dtype=np.int32)[np.newaxis]
+        else:
+            tables = np.full((len(rows), max(map(len, lines))), NULL_BLOCK, dtype=np.int32)
+            for own, line in zip(tables, lines, strict=True):
+                own[: len(line)] = line
+        return {
+            "query_start": np.frombuffer(array("i", range(len(rows) + 1)), dtype=np.int32),
+            "past_length": np.frombuffer(start, dtype=np.int32),
+            "present_length": np.frombuffer(array("i", [row.stop for row in rows]), dtype=np.int32),
+            "block_table": tables,
+            "positions": np.frombuffer(array("q", start), dtype=np.int64),
+            "slots": np.frombuffer(slots, dtype=np.int64),
+        }
 
     def _attention(self, rows: list[Row]) -> dict[str, Array]:
         """A replayed position stands at start - 1 and sees what is there. Its K and V go to the null block, and so do
@@ -283,6 +306,11 @@ class ModelRunner:
     def _tensor(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.spec.device == "cpu" else tensor.to(self.spec.device)
+
+
+def _are_plain(rows: list[Row]) -> bool:
+    """Each appends one position, which asks, under no mask of its own."""
+    return bool(rows) and all(row.count == row.queries == 1 and _mask(row) is None for row in rows)
 
 
 def _mask(row: Row) -> Array | None:

@@ -106,7 +106,7 @@ class DecoderModel(nn.Module):
             pairs = zip(rows, starts, ends, strict=True)
             tails = torch.stack([row.tail if end == start else hidden[end - 1] for row, start, end in pairs])
         if tails.device.type == "cpu":  # each on its own: a view would keep the whole batch's while one session idles
-            own = [tail.clone() for tail in tails]
+            own = [tail.clone() for tail in tails] if len(rows) > 1 else [tails[0]]
         else:  # in one call; the next recorded pass overwrites `hidden`
             own = list(tails.clone() if in_step else tails)
         results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, own, strict=True)]
@@ -173,11 +173,11 @@ class DecoderModel(nn.Module):
                 if rows[index].work.want.logprob:
                     own = logits[index]
                     results[index].once["logprob"] = float(torch.log_softmax(own, -1)[token])
-        for row, own, result in zip(rows, logits, results, strict=True):
+        for index, (row, result) in enumerate(zip(rows, results, strict=True)):
             if row.work.want.logits == "last":
-                result.once["logits"] = own.cpu().numpy()
+                result.once["logits"] = logits[index].cpu().numpy()
             if row.work.want.top_logprobs:
-                top = torch.log_softmax(own, -1).topk(row.work.want.top_logprobs)
+                top = torch.log_softmax(logits[index], -1).topk(row.work.want.top_logprobs)
                 result.once["top_logprobs"] = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 

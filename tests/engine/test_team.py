@@ -191,7 +191,7 @@ def bad_plan(served: Served) -> Plan:
         "positions": np.zeros(1, np.int64),
         "slots": np.full(1, 16),
     }
-    return Plan([], attention, {"token_ids": np.array([10**6])}, need_weights=False)
+    return Plan([], attention, {"token_ids": np.array([10**6])}, need_weights=False, steps=True)
 
 
 def test_what_fails_on_every_rank_alike_fails_alone(team: Team, pair: Pair) -> None:
