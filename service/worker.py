@@ -140,21 +140,19 @@ class EngineWorker:
         self._generations.add(operation)
         watch = asyncio.ensure_future(left(receive))
         watch.add_done_callback(queue.put_nowait)
+        silences = _Silences(loop, silence, lambda: queue.put_nowait(None))
         try:
             while True:
-                try:
-                    async with asyncio.timeout(silence):
-                        item = await queue.get()
-                except TimeoutError:
-                    yield None
-                    continue
+                item = await queue.get()
                 if item is watch:
                     raise ReaderGone
                 if item is operation.future:
                     yield operation.future.result()
                     return
+                silences.ended()
                 yield item
         finally:
+            silences.close()
             watch.cancel()
             operation.future.cancel()
             if not outlives:
@@ -183,6 +181,33 @@ class EngineWorker:
         except TimeoutError:
             return False
         return True
+
+
+class _Silences:
+    """Tells of each `seconds` in which nothing `ended` the silence. One timer for all of them: one a token costs more
+    than the rest of its way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float | None, tell: Callable[[], object]) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._tell = tell
+        self._since = loop.time()
+        self._timer = None if seconds is None else loop.call_later(seconds, self._look)
+
+    def ended(self) -> None:
+        self._since = self._loop.time()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        assert self._seconds is not None
+        rest = self._since + self._seconds - self._loop.time()
+        if rest <= 0:
+            self._tell()
+            rest = self._seconds
+        self._timer = self._loop.call_later(rest, self._look)
 
 
 async def _answer(future: Future[T], receive: Receive) -> T:
