@@ -1,6 +1,5 @@
 """Whether the service can run here, and how well: looked at first, judged then."""
 
-import contextlib
 import os
 import platform
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from keypast._machine import processor
 from keypast.doctor import Finding, Report
 from service.loader import free_memory, on_gpu
 from service.settings import Settings, SettingsError, parse_memory, read_settings
@@ -125,7 +125,7 @@ def look_around(settings: Settings) -> Facts:
     return Facts(
         python=platform.python_version(),
         torch=torch.__version__,
-        device=torch.cuda.get_device_name() if gpu else f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        device=torch.cuda.get_device_name() if gpu else f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         gpu=gpu,
         rates={name: _rate(name, gpu) for name in ("float32", "bfloat16", "float16")},
         read=_read_rate(gpu),
@@ -179,14 +179,6 @@ def _best(work: Callable[[], object], gpu: bool) -> float:
             torch.cuda.synchronize()
         least = min(least, time.perf_counter() - started)
     return least
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _is_free(host: str, port: int) -> bool:

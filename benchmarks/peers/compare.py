@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from keypast._machine import processor
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -78,7 +79,7 @@ def report(benchmark: str, results: list[Pairs], versions: dict[str, str], save:
     summary = {
         "benchmark": benchmark,
         "date": date.today().isoformat(),
-        "machine": f"{_cpu()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": {"torch": version("torch"), **versions},
         "results": [{**asdict(pairs), "ratio": round(pairs.ratio, 3)} for pairs in results],
     }
@@ -87,11 +88,3 @@ def report(benchmark: str, results: list[Pairs], versions: dict[str, str], save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{summary['date']}-{benchmark}.json").write_text(line + "\n")
     print(line)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

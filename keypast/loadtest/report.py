@@ -4,7 +4,6 @@ import csv
 import io
 import math
 import os
-import platform
 from collections.abc import Iterable
 from datetime import datetime
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich import box
 from rich.table import Table
 
+from keypast._machine import processor
 from keypast.loadtest.check import Checked
 from keypast.loadtest.record import PAPERWORK, QUANTILES, Snapshot, Values, by_name, merged, summary
 from keypast.loadtest.run import Run
@@ -120,7 +120,7 @@ def report(run: Run) -> Report:
     told = Report(
         keypast=version("keypast"),
         began=run.began,
-        machine=f"{_cpu()}, {os.cpu_count()} cores",
+        machine=f"{processor()}, {os.cpu_count()} cores",
         target=plan.target,
         url=plan.url,
         scenario=plan.scenario.model_dump(exclude_unset=True),
@@ -193,14 +193,6 @@ def _point(interval: int, snapshots: list[Snapshot], seconds: float) -> Point:
         for name in ("operations", "output_tokens", "positions", "errors")
     }
     return Point(at=round(interval * seconds, 3), measures=measures, **rates)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 # ---- as it is shown -------------------------------------------------------------------------------------------------

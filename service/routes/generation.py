@@ -133,7 +133,7 @@ class _Run:
         }
         if self._wanted.logprobs:
             told["logprobs"] = token.logprobs
-        return b"data: %b\n\n" % to_json(told)
+        return event(to_json(told).decode())
 
     def _end(self, result: GenerateResult) -> StreamEnd:
         return StreamEnd(

@@ -4,7 +4,8 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
@@ -37,6 +38,8 @@ from service.streams import PING, EventStream, event
 from service.text import TextModel
 from service.turns import Asker, chat_turn, sample_of
 
+T = TypeVar("T")
+
 router = APIRouter(tags=["openai"], default_response_class=Response)
 
 
@@ -54,17 +57,13 @@ def _documented(request: type[BaseModel], whole: type[BaseModel], chunk: type[Ba
 @router.post("/v1/completions", **_documented(CompletionRequest, CompletionReply, CompletionReply))
 async def completions(request: Request, tenant: Tenant) -> Response:
     """Goes on after each prompt: n times, or as the next turn of a session."""
-    service = service_of(request)
-    body = await json_body(request, json_limit(service.settings))
-    return await _answer(request, service, await coded(len(body), lambda: _read_completion(request, tenant, body)))
+    return await _answer(request, await _read_as(request, partial(_read_completion, request, tenant)))
 
 
 @router.post("/v1/chat/completions", **_documented(ChatRequest, ChatReply, ChatChunk))
 async def chat(request: Request, tenant: Tenant) -> Response:
     """The assistant's reply to a conversation; or, with a session, to the next messages of the one in it."""
-    service = service_of(request)
-    body = await json_body(request, json_limit(service.settings))
-    return await _answer(request, service, await coded(len(body), lambda: _read_chat(request, tenant, body)))
+    return await _answer(request, await _read_as(request, partial(_read_chat, request, tenant)))
 
 
 @router.post(
@@ -75,8 +74,7 @@ async def chat(request: Request, tenant: Tenant) -> Response:
 async def tokenize(request: Request) -> Response:
     """Text or messages as the model would get them."""
     service = service_of(request)
-    body = await json_body(request, json_limit(service.settings))
-    told = await coded(len(body), lambda: _tokenize(service, validated(TokenizeRequest, body)))
+    told = await _read_as(request, lambda body: _tokenize(service, validated(TokenizeRequest, body)))
     return Response(told.model_dump_json(), media_type=JSON_TYPE)
 
 
@@ -100,8 +98,7 @@ def _tokenize(service: Service, wanted: TokenizeRequest) -> Tokenized:
 async def detokenize(request: Request) -> Response:
     """The text of token ids, control tokens included."""
     service = service_of(request)
-    body = await json_body(request, json_limit(service.settings))
-    told = await coded(len(body), lambda: _detokenize(service, validated(DetokenizeRequest, body)))
+    told = await _read_as(request, lambda body: _detokenize(service, validated(DetokenizeRequest, body)))
     return Response(told.model_dump_json(), media_type=JSON_TYPE)
 
 
@@ -202,8 +199,14 @@ def _read_chat(request: Request, tenant: str, body: bytes) -> _Read:
     return _Read(asked, None if plan is None else plan.turn, dialect, "chatcmpl", bool(wanted.stream), usage)
 
 
-async def _answer(request: Request, service: Service, read: _Read) -> Response:
-    turn = read.turn
+async def _read_as(request: Request, read: Callable[[bytes], T]) -> T:
+    """What `read` makes of the body."""
+    body = await json_body(request, json_limit(service_of(request).settings))
+    return await coded(len(body), lambda: read(body))
+
+
+async def _answer(request: Request, read: _Read) -> Response:
+    service, turn = service_of(request), read.turn
     answers = Answers(service, read.asked, request.receive, turn)
     named = secrets.token_hex(12) if turn is None else turn.name
     session_id = None if turn is None else turn.session_id
