@@ -3,6 +3,7 @@
 arguments > Call (method, path, query, headers, body, parse) > a shell's HTTP > Response > Call.parse > result
 """
 
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
@@ -160,10 +161,12 @@ class Retries:
         return None
 
 
-def transport_error(error: httpx.RequestError) -> TransportError:
-    message = str(error) or type(error).__name__
+def transport_error(error: httpx.RequestError, address: httpx.URL | None = None) -> TransportError:
+    """`address` is where the call should have gone."""
+    message = re.sub(r"^\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
-        return ConnectFailed(f"cannot connect: {message}")
+        where = "" if address is None else f" to {address}"
+        return ConnectFailed(f"cannot connect{where}: {message}")
     if isinstance(error, httpx.TimeoutException):
         return TimedOut(f"no reply in time, the call may have been applied: {message}")
     return TransportError(f"the connection broke, the call may have been applied: {message}")

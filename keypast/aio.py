@@ -135,7 +135,7 @@ class AsyncClient:
         try:
             return await self._http.send(_protocol.build(self._http, call), stream=True)
         except httpx.RequestError as error:
-            raise transport_error(error) from error
+            raise transport_error(error, self._http.base_url) from error
 
     async def _tried(self, call: Call[Any], attempt: Callable[[], Awaitable[T]]) -> T:
         tried = 0

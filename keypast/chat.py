@@ -85,6 +85,7 @@ class Chat:
         self._console = console
         self._read = read
         self._branches = [Branch(client.sessions.create(model))]
+        self._model = model
         self._at = 0
 
     @property
@@ -101,6 +102,8 @@ class Chat:
             "/help": self._help,
         }
         try:
+            if self._console.is_terminal:
+                self._say(f"{self._model}; /help lists the commands, Ctrl-C stops a reply, Ctrl-D ends")
             while (line := self._line()) != "/quit":
                 name, _, argument = line.partition(" ")
                 if not line:
@@ -135,7 +138,7 @@ class Chat:
             self._say(advice(error))
 
     def _say(self, line: str) -> None:
-        self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=not self._console.is_terminal)
 
     # ---- a turn ----
 
@@ -212,7 +215,7 @@ class Chat:
     def _stats(self, _: str) -> None:
         view = self.branch.session.refresh().view
         self._say(
-            f"{view.id}: {view.valid_length[0]} of {view.max_length} positions, {view.bytes} bytes"
+            f"{view.id}: {view.valid_length[0]} of {view.max_length} positions, {_terminal.size(view.bytes)}"
             f" in {view.blocks} blocks ({view.shared_blocks} shared)"
         )
         if self.branch.speed is not None:

@@ -4,13 +4,12 @@ import sys
 from importlib import import_module
 from json import dumps
 from os import environ
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from keypast._terminal import Url, advice, console, examples, failed, open_client
+from keypast._terminal import WRONG, Commands, Url, advice, console, examples, failed, listing, open_client
 from keypast.chat import Chat, ChatOptions
 from keypast.chat import advice as chat_advice
 from keypast.cli_doctor import EPILOG as DOCTOR_EPILOG
@@ -21,7 +20,12 @@ from keypast.cli_sessions import sessions
 from keypast.client import Client
 from keypast.errors import KeypastError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, rich_markup_mode=None, pretty_exceptions_enable=False)
+# As the service's settings have them, which the light client cannot import.
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["none", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
+
 app.add_typer(sessions, name="sessions")
 app.add_typer(keys, name="keys")
 
@@ -45,31 +49,37 @@ def keypast() -> None:
         ("keypast serve --model mine=path/to/hf-directory --port 9000", ""),
         ("keypast serve --model small=model.gguf --quantize int8 --kv-memory 4GiB", ""),
         ("keypast serve --model layer=attention:hidden=1024,heads=16 --dtype float32", ""),
-        ("keypast serve --host 0.0.0.0 --keys-file keys.txt", "for other machines, with keys"),
+        ("keypast serve --host 0.0.0.0 --keys-file keys.txt", "others, with keys"),
     )
 )
 def serve(
     context: typer.Context,
-    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535)] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The address to listen on; default: 127.0.0.1.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, metavar="PORT", help="Default: 8000.")] = None,
     model: Annotated[list[str] | None, typer.Option(metavar="NAME=SPEC", help="A model to load; repeatable.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8: decoders' weights in 8 bits, on the CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(metavar="DTYPE", help="auto, float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[
+        Quantize | None, typer.Option(metavar="none|int8", help="int8: decoders' weights in 8 bits, on the CPU.")
+    ] = None,
+    device: Annotated[Device | None, typer.Option(metavar="DEVICE", help="auto, cpu or cuda.")] = None,
     exact: Annotated[
         bool | None, typer.Option("--exact", help="Refuse to start where bits could depend on batch mates or chunks.")
     ] = None,
     kv_memory: Annotated[
-        str | None, typer.Option(help="For keys and values: 4GiB, or a share of the free memory: 25%.")
+        str | None, typer.Option(metavar="SIZE", help="For keys and values: 4GiB, or a share of the free memory: 25%.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads; 0: one a core.")] = None,
+    threads: Annotated[int | None, typer.Option(min=0, metavar="N", help="CPU threads; 0: one a core.")] = None,
     model_parallel: Annotated[
-        int | None, typer.Option(min=1, help="Ranks that share each model: processes, on GPUs one each.")
+        int | None, typer.Option(min=1, metavar="N", help="Ranks that share each model: processes, on GPUs one each.")
     ] = None,
-    keys_file: Annotated[str | None, typer.Option(help="API keys, as `keypast keys new` writes them.")] = None,
+    keys_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="API keys, as `keypast keys new` writes them.")
+    ] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Serve other machines without API keys.")] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="A certificate chain in PEM: https.")] = None,
-    tls_key: Annotated[str | None, typer.Option(help="Its key in PEM.")] = None,
+    tls_cert: Annotated[str | None, typer.Option(metavar="FILE", help="A certificate chain in PEM: https.")] = None,
+    tls_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its key in PEM.")] = None,
 ) -> None:
     """Start the service. What is not given comes from the environment's KEYPAST_*, else from its defaults."""
     given = {
@@ -101,7 +111,7 @@ def serve(
 @app.command(
     epilog=examples(
         ("keypast models", ""),
-        ("keypast models --url http://gpu-box:8000", "with KEYPAST_API_KEY, where keys are asked for"),
+        ("keypast models --url http://gpu-box:8000", "KEYPAST_API_KEY is its key"),
     )
 )
 def models(context: typer.Context, url: Url = None) -> None:
@@ -111,7 +121,7 @@ def models(context: typer.Context, url: Url = None) -> None:
             cards = client.models()
     except KeypastError as error:
         raise failed(advice(error)) from None
-    table = Table("model", "kind", "max length", "dtype", "device", "inputs")
+    table = listing("model", "kind", ">max length", "dtype", "device", "inputs")
     for card in cards:
         inputs = ", ".join(info.name for info in card.inputs)
         table.add_row(card.id, card.kind, str(card.max_length), card.dtype, card.device, inputs)
@@ -122,18 +132,18 @@ def models(context: typer.Context, url: Url = None) -> None:
     epilog=examples(
         ("keypast chat", "with the first model that takes text"),
         ("keypast chat --system 'Answer in one word.' --temperature 0.7", ""),
-        ("echo 'Name three rivers.' | keypast chat --max-tokens 48", "one turn, for a script"),
+        ("echo 'Name three rivers.' | keypast chat --max-tokens 48", ""),
     )
 )
 def chat(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Default: the first that takes text.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first that takes text.")] = None,
     url: Url = None,
-    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply.")] = 512,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, metavar="T", help="0 always takes the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Of one reply.")] = 512,
 ) -> None:
-    """Chat with a model over one session: /fork, /switch, /undo, /stats, /help, /quit."""
+    """Talk to a model over one session. Within it: /fork, /switch, /undo, /stats, /help, /quit."""
     options = ChatOptions(system, temperature, max_tokens)
     prompt = "› " if sys.stdin.isatty() else ""
     try:
@@ -162,7 +172,7 @@ def _first_decoder(client: Client) -> str:
 def _named(option: str) -> tuple[str, str]:
     name, equals, spec = option.partition("=")
     if not (name and equals and spec):
-        raise failed(f"--model takes NAME=SPEC, not {option!r}")
+        raise failed(f"--model takes NAME=SPEC, not {option!r}", WRONG)
     return name, spec
 
 

@@ -43,7 +43,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="For machines: JSON on one line.")] = False,
     url: Url = None,
 ) -> None:
-    """Look at the device, the kernels, memory, the port and the service, and say what to do."""
+    """Say whether all is well here, and what to do where it is not. Looks at device, kernels, memory, port, service."""
     around: Around = context.obj or Around()
     here = _here(around.examine)
     report = Report([*here.findings, _service(around.connect, url)], here.numbers)

@@ -8,16 +8,19 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from keypast._terminal import console, examples, failed
+from keypast._terminal import WRONG, Commands, console, examples, failed, listing
 from keypast.keys import KeyRecord, KeysError, Role, new_key, read_keys, write_keys
 
-keys = typer.Typer(no_args_is_help=True, help="API keys: make, list and remove them. A running service follows.")
+keys = typer.Typer(
+    cls=Commands, rich_markup_mode=None, help="API keys: make, list and remove them. A running service follows."
+)
 
 File = Annotated[
     Path,
-    typer.Option("--file", envvar="KEYPAST_KEYS_FILE", dir_okay=False, help="The service's KEYPAST_KEYS_FILE."),
+    typer.Option(
+        "--file", envvar="KEYPAST_KEYS_FILE", dir_okay=False, metavar="FILE", help="The service's file of keys."
+    ),
 ]
 
 
@@ -28,20 +31,25 @@ File = Annotated[
     )
 )
 def new(
-    tenant: Annotated[str, typer.Argument(help="Whose sessions the key may see.")],
+    tenant: Annotated[str, typer.Argument(metavar="TENANT", hidden=True)],
     file: File,
     role: Annotated[
         Role,
-        typer.Option(help="admin may also drain, check, list all sessions, read metrics; metrics: read those alone."),
+        typer.Option(
+            metavar="ROLE",
+            help="user; admin may also drain, check, list all sessions, read metrics; metrics may read those alone.",
+        ),
     ] = "user",
-    days: Annotated[float | None, typer.Option(min=0, help="It ends after so many; default: never.")] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, metavar="N", help="It ends after so many; default: never.")
+    ] = None,
 ) -> None:
-    """Make a key and print it, this once; the file keeps only its salted hash."""
+    """Make a key to a tenant's sessions and print it, this once. The file keeps only its salted hash."""
     known = _read(file, missing_ok=True)
     try:
         key, record = new_key(tenant, role, days)
     except KeysError as error:
-        raise failed(str(error)) from None
+        raise failed(str(error), WRONG) from None
     _write(file, [*known, record])
     sys.stdout.write(f"{key}\n")
     note = f"{role} of {tenant}, id {record.id}; not shown again. Clients take it from KEYPAST_API_KEY"
@@ -51,14 +59,14 @@ def new(
 @keys.command(epilog=examples(("keypast keys ls --file keys.txt", "")))
 def ls(file: File) -> None:
     """List the keys by their ids; the keys themselves are not known."""
-    table = Table("id", "tenant", "role", "ends")
+    table = listing("id", "tenant", "role", "ends")
     for record in _read(file):
         table.add_row(record.id, record.tenant, record.role, _end(record))
     console().print(table)
 
 
 @keys.command(epilog=examples(("keypast keys rm 3f9c2a --file keys.txt", "an id that `keypast keys ls` shows")))
-def rm(key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keypast keys ls` shows it.")], file: File) -> None:
+def rm(key_id: Annotated[str, typer.Argument(metavar="ID", hidden=True)], file: File) -> None:
     """Remove a key; a running service refuses it within a second or two."""
     known = _read(file)
     rest = [record for record in known if record.id != key_id]

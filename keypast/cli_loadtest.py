@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keypast._protocol import authorized, resolve_url
-from keypast._terminal import advice, console, failed, open_client
+from keypast._terminal import WRONG, advice, console, failed, listing, open_client
 from keypast.errors import KeypastError
 
 if TYPE_CHECKING:  # all of it needs what the light client does not have
@@ -29,8 +29,8 @@ MISSED = 3  # exit code
 LONG = 1e6  # seconds of a run that is bounded by its count
 
 EPILOG = """
+\b
 Examples:
-
   8 users at a time, for 30 seconds:
     keypast loadtest chat -c 8 -d 30
   5 new users a second, whatever the service can take, and a report:
@@ -46,8 +46,8 @@ Examples:
   Two reports:
     keypast loadtest --compare monday/report.json today/report.json
 
-SCENARIO is a .toml or .json file, or one of chat, stateless, attention, steps,
-tree, mixed and ping. --show prints one, to begin a file with.
+SCENARIO is a .toml or .json file, or one of chat (which it is if not given),
+stateless, attention, steps, tree, mixed and ping. --show prints one, to begin a file with.
 
 Exit codes: 0 done, and the SLO held; 1 could not be done; 2 a wrong command
 line; 3 the SLO was missed, or --check found different outputs.
@@ -56,14 +56,19 @@ line; 3 the SLO was missed, or --check found different outputs.
 
 def loadtest(
     context: typer.Context,
-    scenario: Annotated[str, typer.Argument(help="A file, or a built-in one's name.")] = "chat",
-    url: Annotated[str | None, typer.Option(help="The server; default: KEYPAST_URL, else the local service.")] = None,
+    scenario: Annotated[str, typer.Argument(metavar="SCENARIO", hidden=True)] = "chat",
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="The server; default: KEYPAST_URL, else the local service.")
+    ] = None,
     target: Annotated[
         str, typer.Option(help="keypast, or openai: any server with /v1/chat/completions.", metavar="keypast|openai")
     ] = "keypast",
-    model: Annotated[str | None, typer.Option(help="Default: the first loaded one that fits a visit.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the first loaded one that fits a visit.")
+    ] = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", "-c", min=1, help="Closed loop: so many users at a time.")
+        int | None,
+        typer.Option("--concurrency", "-c", min=1, metavar="N", help="Closed loop: so many users at a time."),
     ] = None,
     rate: Annotated[
         str | None,
@@ -73,13 +78,16 @@ def loadtest(
         str, typer.Option(help="Of an open loop: poisson or fixed gaps.", metavar="poisson|fixed")
     ] = "poisson",
     duration: Annotated[
-        float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds that are measured; default 30.")
+        float | None,
+        typer.Option("--duration", "-d", min=0.1, metavar="S", help="Seconds that are measured; default 30."),
     ] = None,
-    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="Visits, in place of a duration.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=1, metavar="N", help="Visits, in place of a duration.")
+    ] = None,
     warmup: Annotated[
-        float | None, typer.Option(min=0, help="Seconds before those; default 2, with --count 0.")
+        float | None, typer.Option(min=0, metavar="S", help="Seconds before those; default 2, with --count 0.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of arrivals, lengths and texts.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of arrivals, lengths and texts.")] = 0,
     slo: Annotated[
         list[str] | None, typer.Option(metavar="MEASURE[.pN]=LIMIT", help="step.p99=50ms, errors=0.1%; repeatable.")
     ] = None,
@@ -98,12 +106,12 @@ def loadtest(
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the scenario, and do nothing.")] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Processes; default: half the cores, at most 4.")
+        int | None, typer.Option(min=1, max=64, metavar="N", help="Processes; default: half the cores, at most 4.")
     ] = None,
-    connections: Annotated[int, typer.Option(min=1, help="At most, of each worker.")] = 1000,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of one operation.")] = 60.0,
+    connections: Annotated[int, typer.Option(min=1, metavar="N", help="At most, of each worker.")] = 1000,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="S", help="Seconds of one operation.")] = 60.0,
 ) -> None:
-    """Load a server with users, measure what they feel. The last line is one JSON document."""
+    """Load a server with users, and measure what they feel. Piped, the last line is one JSON document."""
     try:
         command = Command(context, url, workers or max(1, min(4, (os.cpu_count() or 1) // 2)))
         if compare is not None:
@@ -132,9 +140,10 @@ def loadtest(
             f"a load test needs {error.name}, which is not installed: pip install 'keypast[loadtest]'"
         ) from None
     except ValidationError as error:
-        raise failed("; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())) from None
+        told = "; ".join(str(each["msg"]).removeprefix("Value error, ") for each in error.errors())
+        raise failed(told, WRONG) from None
     except ValueError as error:
-        raise failed(str(error)) from None
+        raise failed(str(error), WRONG) from None
     except KeypastError as error:
         raise failed(advice(error)) from None
 
@@ -213,7 +222,7 @@ class Command:
     def ceiling(self, seconds: float, connections: int | None) -> None:
         from keypast.loadtest.ceiling import CONNECTIONS, ceiling, cpu_us
 
-        table = Table("connections", "workers", "requests/s", "p50 ms", "p99 ms", "busy", "CPU, µs a request")
+        table = listing(">connections", ">workers", ">requests/s", ">p50 ms", ">p99 ms", "busy", ">CPU, µs a request")
 
         def told(connections: int, result: "Report") -> None:
             latency, busy = result.measures["request"], " ".join(f"{100 * each:.0f}%" for each in result.busy)
@@ -239,9 +248,13 @@ class Command:
         from keypast.loadtest.plan import Plan
         from keypast.loadtest.progress import Progress
         from keypast.loadtest.run import LoadError
+        from keypast.loadtest.scenario import ScenarioError
 
         headers = authorized({}, os.environ.get("OPENAI_API_KEY", "") if target == "openai" else None)
-        chosen = self._models(scenario, target, model)
+        try:
+            chosen = self._models(scenario, target, model)
+        except (LoadError, ScenarioError) as error:
+            raise failed(str(error)) from None
         known = {"url": self._url, "headers": headers, "scenario": scenario, "models": chosen, "workers": self._workers}
         plan = Plan.model_validate({"target": target, **known, **settings})
         try:
@@ -300,8 +313,9 @@ class Command:
 
 
 async def _first_model(url: str) -> str:
-    """Of an OpenAI-compatible server. Raises ValueError."""
+    """Of an OpenAI-compatible server. Raises LoadError."""
     from keypast.loadtest.connection import Address, Connection, Failed
+    from keypast.loadtest.run import LoadError
 
     headers = authorized({}, os.environ.get("OPENAI_API_KEY", ""))
     connection = Connection(Address(url), headers)
@@ -309,9 +323,9 @@ async def _first_model(url: str) -> str:
         reply = await asyncio.wait_for(connection.request("GET", "/v1/models"), 10)
         return str(json.loads(reply.body)["data"][0]["id"])
     except Failed as error:
-        raise ValueError(f"{error}; is the server at {url}?") from None
+        raise LoadError(f"{error}; is the server at {url}?") from None
     except (TimeoutError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{url} does not list its models; say which with --model") from None
+        raise LoadError(f"{url} does not list its models; say which with --model") from None
     finally:
         await connection.close()
 
@@ -328,7 +342,7 @@ async def _once(plan: "Plan", progress: "Progress") -> "tuple[Report, dict[str, 
 async def _find_max(plan: "Plan", progress: "Progress") -> "tuple[Report, dict[str, Any]]":
     """The report is that of the highest rate that held, or of the last one."""
     from keypast.loadtest.report import Report, report
-    from keypast.loadtest.run import interruptible, run
+    from keypast.loadtest.run import LoadError, interruptible, run
     from keypast.loadtest.search import find_max
 
     stop, reports = asyncio.Event(), dict[float, Report]()
@@ -338,7 +352,7 @@ async def _find_max(plan: "Plan", progress: "Progress") -> "tuple[Report, dict[s
         arrival = plan.arrival.model_copy(update={"rate": plan.arrival.rate and _constant(rate)})
         found = reports[rate] = report(await run(plan.model_copy(update={"arrival": arrival}), progress, stop))
         if found.stopped:
-            raise ValueError("stopped; the highest rate was not found")
+            raise LoadError("stopped; the highest rate was not found")
         missed = "; ".join(f"{each.objective}: {each.measured}" for each in found.slo if not each.holds)
         progress.say(f"{rate:g} visits a second {'missed ' + missed if missed else 'hold'}")
         return found.holds
@@ -357,5 +371,7 @@ def _constant(rate: float) -> "Rate":
 
 
 def _last_line(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """For a script; on a terminal it would push what a person reads out of sight."""
+    if not sys.stdout.isatty():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keypast._session import SessionFilter
-from keypast._terminal import Url, advice, complain, console, examples, failed, open_client
+from keypast._terminal import Commands, Url, advice, complain, console, examples, failed, open_client, size
 from keypast.client import Client, Session
 from keypast.errors import KeypastError, SessionGone, SessionNotFound
 from keypast.past import Past
@@ -25,9 +25,11 @@ GONE = 3  # exit code
 MINTED = 24  # characters of an id that the service gives
 STANDARD = "-"  # in place of a file's name
 
-sessions = typer.Typer(no_args_is_help=True, help="List, look at, delete, fork, export and import sessions.")
+sessions = typer.Typer(
+    cls=Commands, rich_markup_mode=None, help="List, look at, delete, fork, export and import sessions."
+)
 
-Id = Annotated[str, typer.Argument(metavar="ID")]
+Id = Annotated[str, typer.Argument(metavar="ID", hidden=True)]
 Json = Annotated[bool, typer.Option("--json", help="For machines: JSON on one line.")]
 
 
@@ -48,9 +50,11 @@ def _sessions() -> None:
 )
 def list_(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Only this model's.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Only this model's.")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY[=VALUE]", help="Repeatable; all must hold.")] = None,
-    state: Annotated[str | None, typer.Option(help="idle or running.")] = None,
+    state: Annotated[
+        Literal["idle", "running"] | None, typer.Option(metavar="idle|running", help="Only those that are.")
+    ] = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
@@ -84,7 +88,7 @@ def show(context: typer.Context, session_id: Id, json: Json = False, url: Url = 
 @sessions.command(epilog=examples(("keypast sessions rm tour draft", "two at once")))
 def rm(
     context: typer.Context,
-    session_ids: Annotated[list[str], typer.Argument(metavar="ID...")],
+    session_ids: Annotated[list[str], typer.Argument(metavar="ID", hidden=True)],
     json: Json = False,
     url: Url = None,
 ) -> None:
@@ -114,12 +118,14 @@ def rm(
 def fork(
     context: typer.Context,
     session_id: Id,
-    count: Annotated[int, typer.Option(min=1, help="How many children.")] = 1,
-    at: Annotated[int | None, typer.Option(min=0, help="Their length; default: the session's own.")] = None,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="How many children.")] = 1,
+    at: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Their length; default: the session's own.")
+    ] = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Fork a session: children share its memory until one of them goes on."""
+    """Fork a session. Its children share its memory until one of them goes on."""
     with _client(context, url) as client:
         children = client.sessions.get(session_id).fork(count, at=at)
     views = [child.view for child in children]
@@ -133,18 +139,18 @@ def fork(
     "export",
     epilog=examples(
         ("keypast sessions export tour tour.safetensors", ""),
-        ("keypast sessions export tour - | ssh other keypast sessions import -", "to another machine"),
+        ("keypast sessions export tour - | ssh other keypast sessions import -", ""),
     ),
 )
 def export(
     context: typer.Context,
     session_id: Id,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="- is the standard output.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", hidden=True)],
     force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Write a session's keys and values to a file; the session stays as it is."""
+    """Write a session's keys and values to a file. - is the standard output. The session stays as it is."""
     if file != STANDARD and Path(file).exists() and not force:
         raise failed(f"{file} is there already; --force writes over it")
     with _client(context, url) as client:
@@ -169,13 +175,17 @@ def export(
 )
 def import_(
     context: typer.Context,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="As export wrote it; - is the standard input.")],
-    model: Annotated[str | None, typer.Option(help="Default: the loaded model that the file is of.")] = None,
-    session_id: Annotated[str | None, typer.Option("--id", help="The new session's id; default: a new one.")] = None,
+    file: Annotated[str, typer.Argument(metavar="FILE", hidden=True)],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Default: the loaded model that the file is of.")
+    ] = None,
+    session_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="The new session's id; default: a new one.")
+    ] = None,
     json: Json = False,
     url: Url = None,
 ) -> None:
-    """Make a new session of a file that export wrote."""
+    """Make a new session of a file that export wrote. - is the standard input."""
     with _files():
         past = Past.from_bytes(sys.stdin.buffer.read()) if file == STANDARD else Past.load(file)
     with _client(context, url) as client:
@@ -195,13 +205,6 @@ def lengths(rows: list[int]) -> str:
         return "+".join(map(str, rows))
     low, high = min(rows), max(rows)
     return f"{len(rows)} × {low} to {high}" if low < high else f"{len(rows)} × {low}"
-
-
-def size(count: int) -> str:
-    """`640 B`, `1.5 MiB`."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    scale = max(0, min(len(units) - 1, (count.bit_length() - 1) // 10))
-    return f"{count} B" if scale == 0 else f"{count / 1024**scale:.1f} {units[scale]}"
 
 
 def since(then: datetime, now: datetime) -> str:

@@ -130,7 +130,7 @@ class Client:
         try:
             return self._http.send(_protocol.build(self._http, call), stream=True)
         except httpx.RequestError as error:
-            raise transport_error(error) from error
+            raise transport_error(error, self._http.base_url) from error
 
     def _tried(self, call: Call[Any], attempt: Callable[[], T]) -> T:
         tried = 0

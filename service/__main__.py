@@ -12,7 +12,8 @@ def main() -> None:
     try:
         settings = read_settings()
     except SettingsError as error:
-        sys.exit(f"keypast: {error}")
+        sys.stderr.write(f"keypast: {error}\n")
+        sys.exit(2)
     _set_up_torch(settings)
     from service.loader import load_models
     from service.server import serve

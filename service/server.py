@@ -29,7 +29,8 @@ _console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def serve(load: Load, settings: Settings) -> int:
-    """Until a signal. Returns the exit code: 0 after a drain, 1 when it cannot serve or was told twice to stop."""
+    """Until a signal. Returns the exit code: 0 after a drain, 2 when settings are wrong, 1 when it cannot serve or was
+    told twice to stop."""
     logs.configure(settings.log_level, settings.log_format)
     try:
         check_tls(settings)
@@ -37,7 +38,7 @@ def serve(load: Load, settings: Settings) -> int:
         listener = _listen(settings)
     except (OSError, SettingsError) as error:
         complain(error)
-        return 1
+        return 2 if isinstance(error, SettingsError) else 1
     config = uvicorn.Config(
         app,
         http=Connection.bounded(settings, app.state.traffic),

@@ -316,7 +316,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         lines = []
         for problem in error.errors(include_url=False):
             key = str(problem["loc"][0])
-            message = problem["msg"].removeprefix("Value error, ")
+            message = problem["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             meant = Settings.model_fields[key].description
             lines.append(f"{PREFIX}{key.upper()}={problem['input']}: {message} ({meant})")
         raise SettingsError("\n".join(lines)) from None

@@ -58,7 +58,13 @@ class Progress:
         memory = "  ".join(
             f"{name} {points[-1][1]:,} of {points[-1][3]:,} blocks" for name, points in run.memory.items()
         )
-        head.add_row(ProgressBar(total=total, completed=min(done, total), width=30), self._title(run), _rate(run))
+        head.add_row(
+            ProgressBar(
+                total=total, completed=min(done, total), width=30, complete_style="cyan", finished_style="cyan"
+            ),
+            self._title(run),
+            _rate(run),
+        )
         if memory:
             head.add_row("", memory, "")
         return head

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import get_args
 
 import httpx
 import pytest
@@ -11,8 +12,9 @@ from typer.testing import CliRunner, Result
 
 from keypast import Client
 from keypast.chat import Speed
-from keypast.cli import app
+from keypast.cli import Device, Dtype, Quantize, app
 from keypast.schemas import Code
+from service.settings import Settings
 
 from .fake import FakeService, FakeSession, problem, reply
 
@@ -60,7 +62,7 @@ def test_a_conversation_is_one_session(run: Run, service: FakeService) -> None:
 def test_undo_goes_back_to_before_the_turn(run: Run, service: FakeService) -> None:
     result = run("chat", "--max-tokens", "1", lines=("one", "two", "/undo", "/undo", "/undo", "/stats"))
     assert "back at 10 positions\nback at 0 positions\nno turn to take back\n" in result.stdout
-    assert "0 of 200 positions, 0 bytes in 1 blocks (0 shared)" in result.stdout
+    assert "0 of 200 positions, 0 B in 1 blocks (0 shared)" in result.stdout
 
 
 def test_fork_and_switch(run: Run) -> None:
@@ -68,7 +70,7 @@ def test_fork_and_switch(run: Run) -> None:
     result = run("chat", "--max-tokens", "1", lines=lines)
     assert "on b-1, a copy of a-1" in result.stdout
     assert "on a-1, 10 positions\nback at 0 positions\non b-1, 10 positions\n" in result.stdout
-    assert "b-1: 10 of 200 positions, 640 bytes in 1 blocks (1 shared)" in result.stdout
+    assert "b-1: 10 of 200 positions, 640 B in 1 blocks (1 shared)" in result.stdout
     assert "no session begins with zz; there are a-1, b-1" in result.stdout
 
 
@@ -108,7 +110,10 @@ def test_a_stream_that_breaks(run: Run, service: FakeService) -> None:
 @pytest.mark.parametrize(
     ("answer", "line"),
     [
-        (httpx.ConnectError("refused"), "cannot connect: refused; start the service with `keypast serve`, or give"),
+        (
+            httpx.ConnectError("refused"),
+            "cannot connect to http://127.0.0.1:8000: refused; start the service with `keypast serve`, or give",
+        ),
         (problem(Code.NOT_READY, "loading", retry_after=5), "loading; try again in 5 s"),
         (problem(Code.ENGINE_STOPPED, "stopping"), "stopping; try again later"),
         (problem(Code.SESSION_GONE, "the session is gone: expired"), "the session is gone: expired; begin a new chat"),
@@ -139,7 +144,7 @@ def test_a_lost_session_ends_the_chat(run: Run, service: FakeService) -> None:
 
 def test_a_wrong_address(run: Run) -> None:
     result = run("models", "--url", "there")
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
 
 
 def test_serve_hands_its_options_on() -> None:
@@ -180,4 +185,60 @@ def test_serve_without_the_service() -> None:
     assert result.exit_code == 1
     assert "pip install 'keypast[server]'" in result.stderr
     wrong = CliRunner().invoke(app, ["serve", "--model", "nonsense"], obj=missing)
-    assert (wrong.exit_code, wrong.stderr) == (1, "keypast: --model takes NAME=SPEC, not 'nonsense'\n")
+    assert (wrong.exit_code, wrong.stderr) == (2, "keypast: --model takes NAME=SPEC, not 'nonsense'\n")
+
+
+def test_serve_offers_what_the_settings_take() -> None:
+    for name, choices in {"dtype": Dtype, "quantize": Quantize, "device": Device}.items():
+        assert get_args(Settings.model_fields[name].annotation) == get_args(choices)
+
+
+NEW = ["keys", "new"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["sessoins"], "no such command 'sessoins'; did you mean 'sessions'? Try: keypast --help"),
+        (["sessions", "sohw"], "no such command 'sohw'; did you mean 'show'? Try: keypast sessions --help"),
+        (
+            ["keys", "stpe"],
+            "no such command 'stpe'; did you mean one of new, ls, rm? Try: keypast keys --help",
+        ),
+        (["--nope"], "no such option: --nope. Try: keypast --help"),
+        (
+            ["sessions", "ls", "--lable", "a"],
+            "no such option: --lable; did you mean --label? Try: keypast sessions ls --help",
+        ),
+        (["sessions", "ls", "--label"], "--label needs an argument. Try: keypast sessions ls --help"),
+        (["loadtest", "--compare", "a.json"], "--compare needs 2 arguments. Try: keypast loadtest --help"),
+        (["sessions", "show"], "missing argument ID. Try: keypast sessions show --help"),
+        (["sessions", "rm"], "missing argument ID. Try: keypast sessions rm --help"),
+        (["sessions", "show", "a", "b"], "not expected: b. Try: keypast sessions show --help"),
+        (NEW, "missing argument TENANT. Try: keypast keys new --help"),
+        ([*NEW, "a"], "missing option --file (or KEYPAST_KEYS_FILE in the environment). Try: keypast keys new --help"),
+        ([*NEW, "a", "--file", "/"], "--file: file '/' is a directory. Try: keypast keys new --help"),
+        (
+            [*NEW, "a", "--file", "k", "--role", "boss"],
+            "--role: 'boss' is not one of 'user', 'admin', 'metrics'. Try: keypast keys new --help",
+        ),
+        (["serve", "--port", "http"], "--port must be a valid integer. Try: keypast serve --help"),
+        (["serve", "--port", "65536"], "--port must be less than or equal to 65535. Try: keypast serve --help"),
+        (
+            ["serve", "--device", "tpu"],
+            "--device: 'tpu' is not one of 'auto', 'cpu', 'cuda'. Try: keypast serve --help",
+        ),
+        (["loadtest", "-c", "0"], "--concurrency must be greater than or equal to 1. Try: keypast loadtest --help"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_the_fix(run: Run, arguments: list[str], line: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"keypast: {line}\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("sessions",), ("keys",)])
+def test_a_group_alone_shows_its_help(run: Run, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == run(*arguments, "--help").stdout
+    assert "Commands:" in result.stdout

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from keypast import Client, Past
+from keypast._terminal import size
 from keypast.cli import app
-from keypast.cli_sessions import lengths, since, size
+from keypast.cli_sessions import lengths, since
 from keypast.schemas import Code, SessionView
 
 from .fake import FakeService, FakeSession, problem, reply
@@ -189,7 +190,11 @@ def test_files_that_cannot_be_read(run: Run, service: FakeService, client: Clien
 @pytest.mark.parametrize(
     ("answer", "code", "line"),
     [
-        (httpx.ConnectError("refused"), 1, "cannot connect: refused; start the service with `keypast serve`"),
+        (
+            httpx.ConnectError("refused"),
+            1,
+            "cannot connect to http://127.0.0.1:8000: refused; start the service with `keypast serve`",
+        ),
         (problem(Code.NOT_READY, "loading", retry_after=5), 1, "loading; try again in 5 s"),
         (problem(Code.SESSION_GONE, "the session is gone: expired"), 3, "the session is gone: expired\n"),
         (problem(Code.SESSION_NOT_FOUND, "no such session"), 3, "no such session\n"),
@@ -208,7 +213,7 @@ def test_errors_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("show",), ("rm",), ("fork", "a", "--count", "0"), ("fork", "a", "--at", "-1"), ("lss",)]
+    "arguments", [("show",), ("rm",), ("fork", "a", "--count", "0"), ("fork", "a", "--at", "-1"), ("lss",)]
 )
 def test_a_wrong_command_line_is_2(run: Run, service: FakeService, arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2

@@ -44,8 +44,15 @@ def test_every_example_parses(path: tuple[str, ...]) -> None:
 def test_an_example_stands_on_a_line_of_its_own() -> None:
     shown = CliRunner().invoke(app, ["sessions", "fork", "--help"], env={"COLUMNS": "120"}).stdout
     assert re.search(
-        r"Examples:\s*\n   keypast sessions fork tour --count 3\s*\n   keypast sessions fork tour --at 12 ", shown
+        r"Examples:\n    keypast sessions fork tour --count 3\n    keypast sessions fork tour --at 12  # ", shown
     )
+
+
+@pytest.mark.parametrize("path", [(), ("sessions",), ("keys",), *LEAVES], ids=" ".join)
+def test_a_help_fits_a_terminal_and_names_what_options_take(path: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search(r"\[\[|<\w+( range)?>|[a-z]\.\.\.$|[\x00-\x09\x0b-\x1f]", shown, re.MULTILINE), shown
 
 
 @pytest.mark.parametrize(("typed", "offered"), [("keypast ses", "sessions"), ("keypast sessions ex", "export")])

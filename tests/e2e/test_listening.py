@@ -21,7 +21,7 @@ KEY, RECORD = new_key("alice")
 def test_without_keys_other_machines_are_not_served() -> None:
     with Server(QUICK, host="0.0.0.0") as server:
         code, printed = server.ends()
-    assert code == 1
+    assert code == 2
     assert printed.startswith("keypast: KEYPAST_HOST=0.0.0.0: without API keys only this machine is served")
     assert "\n" not in printed
 

@@ -187,7 +187,7 @@ def test_a_port_in_use_is_one_clear_line() -> None:
 def test_a_bad_setting_is_one_clear_line() -> None:
     with Server("service", port="http") as server:
         code, printed = server.ends()
-    assert code == 1
+    assert code == 2
     assert printed.startswith("keypast: KEYPAST_PORT=http: ")
     assert "\n" not in printed
 
