@@ -23,7 +23,8 @@ RUN index="$TORCH_INDEX"; if [ "$DEVICE" = cuda ]; then index=; fi; \
 # neither installs nor compiles anything else.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-    print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > requirements.txt \
+    extras = p['optional-dependencies']; \
+    print(*p['dependencies'], *extras['server'], *extras['otel'], sep='\n')" > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 COPY engine/__init__.py engine/
 COPY engine/kernels engine/kernels

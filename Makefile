@@ -102,5 +102,5 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/pip
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "installing what tests and checks need"
-	@$(PIP) install -c constraints.txt -e '.[server,loadtest,dev]'
+	@$(PIP) install -c constraints.txt -e '.[server,loadtest,otel,dev]'
 	@touch $@

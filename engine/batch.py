@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from engine.session import Session
 from engine.specs import Axis
 from engine.stats import SessionInfo
+from engine.trail import Trail
 
 Array = NDArray[Any]
 Likeliest = list[tuple[int, float]]  # tokens and their log-probabilities, the likeliest first
@@ -118,6 +119,7 @@ class Append:
     want: Want = Want()
     keep: bool = True
     once: Once | None = None
+    trail: Trail | None = None
     future: Future[AppendResult] = field(default_factory=Future)
     sizes: Mapping[Axis, int] = field(default_factory=dict)  # n and m; the engine reads them off the inputs
 
@@ -131,6 +133,7 @@ class Truncate:
     tenant: str = ""
     expected_version: int | None = None
     once: Once | None = None
+    trail: Trail | None = None
     future: Future[SessionInfo] = field(default_factory=Future)
 
 
@@ -196,6 +199,7 @@ class Generate:
     at: int | None = None
     top_logprobs: int = 0
     once: Once | None = None
+    trail: Trail | None = None
     future: Future[GenerateResult] = field(default_factory=Future)
     cancelled: bool = False  # set by anyone, at any time
     partial: GenerateResult | None = None  # what it had done when it failed, if anything
@@ -227,6 +231,7 @@ class ExportPast:
     tenant: str = ""
     expected_version: int | None = None
     once: None = None  # it changes nothing
+    trail: Trail | None = None
     future: Future[ExportResult] = field(default_factory=Future)
 
 
@@ -239,6 +244,7 @@ class ImportPast:
     tenant: str = ""
     expected_version: int | None = None
     once: Once | None = None
+    trail: Trail | None = None
     future: Future[SessionInfo] = field(default_factory=Future)
 
 

@@ -53,6 +53,7 @@ from engine.serving import Served
 from engine.session import Session, SessionState
 from engine.tally import Pace
 from engine.tenants import counts_by_tenant
+from engine.trail import Trail
 
 
 class Engine(Books):
@@ -409,6 +410,8 @@ class Engine(Books):
         operation: Append | ExportPast | ImportPast = session.waiting[0]
         seconds = self._clock() - work.submitted_at
         self._tenants.took(seconds)
+        if operation.trail is not None:
+            self._follow(operation.trail, work)
         session.state = SessionState.IDLE
         result: object = None
         if error is None:
@@ -427,12 +430,16 @@ class Engine(Books):
         """Ends an operation that was applied to the session, which was at version `before`: remembered, then told."""
         self._pop(session)
         self._replays.remember(session, operation.once, result, before)
+        if operation.trail is not None:
+            operation.trail.committed = self._clock()
         resolve(operation.future, result)
 
     def _replay(self, operation: Operation, session: Session) -> bool:
         """Answers it with what was done before, if it was. Raises KeyReused, ReplyDropped."""
         result = self._replays.find(session, operation.once, operation.expected_version)
         if result is not None:
+            if operation.trail is not None:
+                operation.trail.committed = self._clock()
             resolve(operation.future, result)
         return result is not None
 
@@ -456,12 +463,17 @@ class Engine(Books):
             if session.state is SessionState.CLOSED:
                 return
             generation.ran(work)
+            if operation.trail is not None:
+                self._follow(operation.trail, work)
             try:
                 if error is not None:
                     raise error
                 if any(generation.new):
                     event = generation.committed()
-                    pace.committed(work.new, self._clock())
+                    now = self._clock()
+                    pace.committed(work.new, now)
+                    if operation.trail is not None:
+                        operation.trail.drew(now)
                     if operation.on_token is not None:
                         operation.on_token(event)
                 else:
@@ -491,6 +503,10 @@ class Engine(Books):
         self._add(served, session, operation.inputs, new, generation.want, turn_ended, operation.future)
 
     # Small things.
+
+    def _follow(self, trail: Trail, work: Work) -> None:
+        ended = self._served[work.session.model].gather.ended
+        trail.ran(work.session.model, work.submitted_at, work.started_at, ended, max(map(len, work.results)))
 
     def _check_now(self, operation: Operation, session: Session) -> None:
         spec = self._served[session.model].spec

@@ -17,13 +17,13 @@ class Gather:
     def __init__(self, share: float) -> None:
         self._share = share
         self._expected: set[Session] = set()
-        self._ended = 0.0
+        self.ended = 0.0  # the last batch
         self._took = 0.0
 
     def ran(self, batch: Batch, started: float, ended: float) -> None:
         """Notes who may be back soon: rows that a client steps by its own requests."""
         self._expected = {work.session for work in batch.works if _is_step(work)} if self._share else set()
-        self._ended, self._took = ended, ended - started
+        self.ended, self._took = ended, ended - started
 
     def arrived(self, session: Session) -> None:
         """It is back, or gone: nobody waits for it."""
@@ -34,7 +34,7 @@ class Gather:
         if not self._expected or not queued:
             return None
         missing = len(self._expected)
-        until = self._ended + self._took * self._share * missing / (missing + queued)
+        until = self.ended + self._took * self._share * missing / (missing + queued)
         if now < until:
             return until
         self._expected = set()

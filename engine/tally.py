@@ -100,7 +100,7 @@ class Tally:
 
     def ended(self, operation: Append | ExportPast | ImportPast, work: Work, seconds: float) -> None:
         """It ended well."""
-        name = _name(operation)
+        name = operation_name(operation)
         done = self.done[name]
         done.seconds.add(seconds)
         done.queued.add(work.queue_ms / 1e3)
@@ -157,7 +157,7 @@ class Figures:
     tally: Tally
 
 
-def _name(operation: Append | ExportPast | ImportPast) -> OperationName:
+def operation_name(operation: Append | ExportPast | ImportPast) -> OperationName:
     if isinstance(operation, Append):
         return "score" if not operation.keep else "step" if operation.step else "prefill"
     return "export" if isinstance(operation, ExportPast) else "import"

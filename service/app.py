@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -34,12 +35,17 @@ from service.routes import (
 from service.settings import Settings, SettingsError
 from service.traffic import Traffic
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
-def create_app(load: Load, settings: Settings) -> FastAPI:
+
+def create_app(load: Load, settings: Settings, tracing: "Tracing | None" = None) -> FastAPI:
     """`load` gives the engine and its tokenizers; it is called on a thread of its own when the application starts.
+    `tracing`: else what the settings say, which is none at all if they are silent.
 
-    Raises SettingsError when the keys cannot be read.
+    Raises SettingsError when the keys cannot be read, and when traces are asked for and cannot be made.
     """
+    tracing = tracing or _tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
@@ -47,6 +53,8 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         service.start()
         yield
         await service.stop()
+        if tracing is not None:
+            await tracing.close()
 
     app = FastAPI(
         title="keypast",
@@ -57,8 +65,8 @@ def create_app(load: Load, settings: Settings) -> FastAPI:
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
-    app.state.service = Service(load, settings)
-    app.state.traffic = Traffic()
+    app.state.service = Service(load, settings) if tracing is None else Service(load, settings, tracing.desk)
+    app.state.traffic = Traffic() if tracing is None else tracing.traffic
     app.state.exposition = Exposition(app.state.service, app.state.traffic)
     for routes in (inference, batch, generation, sessions, past, events, models, oip, openai, admin, health, metrics):
         app.include_router(routes.router)
@@ -79,3 +87,16 @@ def _keys(settings: Settings) -> KeyRing:
         return KeyRing(settings.keys, settings.keys_file and settings.keys_file.expanduser())
     except KeysError as error:
         raise SettingsError(f"KEYPAST_KEYS{'_FILE' * (settings.keys_file is not None)}: {error}") from None
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    if not settings.otlp_endpoint:
+        return None
+    try:
+        from service.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise SettingsError(
+            f"KEYPAST_OTLP_ENDPOINT={settings.otlp_endpoint}: traces need {error.name}, which is not installed: "
+            "pip install 'keypast[otel]', or leave the setting out"
+        ) from None
+    return Tracing.to(settings)

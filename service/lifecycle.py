@@ -22,7 +22,7 @@ from service.limits import OpenStreams
 from service.settings import Settings
 from service.text import TextModel
 from service.watching import Watching
-from service.worker import EngineWorker
+from service.worker import Desk, EngineWorker
 
 Progress = Callable[[str], None]
 
@@ -41,14 +41,16 @@ Load = Callable[[Progress], Loaded]
 
 
 class Service:
-    """`load` runs on its own thread and may take minutes; what it tells its argument is shown while it does."""
+    """`load` runs on its own thread and may take minutes; what it tells its argument is shown while it does. `desk`
+    has a look at what is asked of the engine before it does."""
 
-    def __init__(self, load: Load, settings: Settings) -> None:
+    def __init__(self, load: Load, settings: Settings, desk: Callable[[Engine], Desk] = lambda engine: engine) -> None:
         self.settings = settings
         self.progress = "starting"
         self.loaded_at = 0.0
         self.streams = OpenStreams(settings.max_streams)
         self._load = load
+        self._desk = desk
         self._worker: EngineWorker | None = None
         self._watching: Watching | None = None
         self._texts: Mapping[str, TextModel] = {}
@@ -141,7 +143,7 @@ class Service:
             outcome.close()
         else:
             self._texts = outcome.texts
-            self._worker = EngineWorker(outcome.engine, outcome.close)
+            self._worker = EngineWorker(outcome.engine, outcome.close, self._desk(outcome.engine))
             self._worker.start()
             self.loaded_at = time.time()
         self._settled.set()

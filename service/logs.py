@@ -39,7 +39,7 @@ def configure(level: str, form: Literal["auto", "json", "text"] = "auto") -> Non
     handler = logging.StreamHandler(sys.stderr)
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
     handler.setFormatter(TextLines("%(asctime)s %(levelname)-7s %(name)s: %(message)s") if text else JsonLines())
-    for name, least in (("keypast", level.upper()), ("uvicorn", "WARNING")):
+    for name, least in (("keypast", level.upper()), ("uvicorn", "WARNING"), ("opentelemetry", "WARNING")):
         root = logging.getLogger(name)
         root.handlers[:] = [handler]
         root.setLevel(least)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -186,6 +187,14 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="info writes a line a request, warning does not; audit lines always"
     )
+    otlp_endpoint: str = Field(
+        default="",
+        description="an OpenTelemetry collector that is sent a trace of each request, by OTLP over HTTP: "
+        "http://HOST:4318; empty: none is made",
+    )
+    otlp_share: float = Field(
+        default=1.0, ge=0, le=1, description="share of the requests that is traced, where their callers do not say"
+    )
 
     @field_validator("models", mode="before")
     @classmethod
@@ -227,6 +236,14 @@ class Settings(BaseSettings):
             except ValueError as error:
                 raise ValueError(f"{tenant!r}: {error}") from None
         return own
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_http(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if url and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("is not http://HOST:PORT or https://HOST:PORT")
+        return url
 
     @field_validator("bodies_bytes")
     @classmethod

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from starlette.types import Receive
 
@@ -26,11 +26,12 @@ from engine.batch import (
     Generate,
     GenerateResult,
     ImportPast,
+    Operation,
     TokenEvent,
     Truncate,
 )
 from engine.engine import Engine
-from engine.errors import EngineStopped
+from engine.errors import EngineError, EngineStopped
 from engine.stats import SessionInfo
 
 T = TypeVar("T")
@@ -44,11 +45,20 @@ class ReaderGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
+class Desk(Protocol):
+    """What takes operations: the engine, or who has a look at them first. As Engine has it."""
+
+    def submit(self, operation: Operation) -> None: ...
+
+    def submit_all(self, operations: Sequence[Operation]) -> list[EngineError | None]: ...
+
+
 class EngineWorker:
     """`close` is called when the engine has ended: it gives back what the models hold outside of this process."""
 
-    def __init__(self, engine: Engine, close: Callable[[], object]) -> None:
+    def __init__(self, engine: Engine, close: Callable[[], object], desk: Desk | None = None) -> None:
         self.engine = engine
+        self.desk: Desk = engine if desk is None else desk
         self._close = close
         self._thread = threading.Thread(target=self._drive, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,29 +101,29 @@ class EngineWorker:
 
     async def append(self, operation: Append, receive: Receive) -> AppendResult:
         """Raises what the engine raises, and ReaderGone."""
-        self.engine.submit(operation)
+        self.desk.submit(operation)
         return await _answer(operation.future, receive)
 
     async def append_all(self, operations: Sequence[Append], receive: Receive) -> list[AppendResult | Exception]:
         """What each gave or raised; they were all there before any was scheduled. Raises ReaderGone."""
-        refused = self.engine.submit_all(operations)
+        refused = self.desk.submit_all(operations)
         asked = list(zip(operations, refused, strict=True))
         await _all_done([operation.future for operation, error in asked if error is None], receive)
         return [_outcome(operation.future) if error is None else error for operation, error in asked]
 
     async def truncate(self, operation: Truncate, receive: Receive) -> SessionInfo:
         """Raises what the engine raises, and ReaderGone."""
-        self.engine.submit(operation)
+        self.desk.submit(operation)
         return await _answer(operation.future, receive)
 
     async def export_past(self, operation: ExportPast, receive: Receive) -> ExportResult:
         """Raises what the engine raises, and ReaderGone."""
-        self.engine.submit(operation)
+        self.desk.submit(operation)
         return await _answer(operation.future, receive)
 
     async def import_past(self, operation: ImportPast, receive: Receive) -> SessionInfo:
         """Raises what the engine raises, and ReaderGone."""
-        await asyncio.to_thread(self.engine.submit, operation)  # which reads the past through
+        await asyncio.to_thread(self.desk.submit, operation)  # which reads the past through
         return await _answer(operation.future, receive)
 
     async def generate(
@@ -136,7 +146,7 @@ class EngineWorker:
         operation.on_token = lambda event: tell(loop, queue.put_nowait, render(event))
         operation.future.add_done_callback(lambda future: tell(loop, queue.put_nowait, future))
         operation.future.add_done_callback(lambda _: tell(loop, self._generations.discard, operation))
-        self.engine.submit(operation)
+        self.desk.submit(operation)
         self._generations.add(operation)
         watch = asyncio.ensure_future(left(receive))
         watch.add_done_callback(queue.put_nowait)

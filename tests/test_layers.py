@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module belongs to the longest prefix that fits. It may import its own layer and the ones listed.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "engine.errors engine.config engine.specs engine.stats": ("L0", ""),
+    "engine.errors engine.config engine.specs engine.stats engine.trail": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
     " engine.expiry engine.shares engine.eviction engine.turns engine.events engine.prefix engine.tally": (
         "L1",
@@ -91,6 +91,12 @@ def test_a_module_imports_only_what_its_layer_may(module: str, path: Path) -> No
             other = layer_of(imported)
             assert other is not None, imported
             assert other[0] in allowed, f"{module} ({layer}) imports {imported} ({other[0]})"
+
+
+def test_one_module_knows_how_spans_are_made() -> None:
+    for module, path in modules():
+        tops = {imported.partition(".")[0] for imported, _ in imports(path)}
+        assert ("opentelemetry" in tops) == (module == "service.tracing"), module
 
 
 def test_the_engine_never_reads_the_environment() -> None:

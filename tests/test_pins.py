@@ -1,4 +1,4 @@
-"""All that `pip install keypast[server,loadtest,dev]` brings is pinned."""
+"""All that `pip install keypast[server,loadtest,otel,dev]` brings is pinned."""
 
 import tomllib
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def pins() -> dict[str, str]:
 def asked() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    return [*project["dependencies"], *extras["server"], *extras["loadtest"], *extras["dev"]]
+    return [*project["dependencies"], *extras["server"], *extras["loadtest"], *extras["otel"], *extras["dev"]]
 
 
 def asked_by(name: str) -> list[str]:

@@ -21,7 +21,7 @@ SECTIONS = {
     "event_ring": "Events",
     "prefix_reuse": "OpenAI's clients and Triton's",
     "max_batch_items": "Bounds on requests",
-    "log_format": "The log",
+    "log_format": "The log and traces",
 }
 _HEAD = """\
 # Configuration

@@ -2,7 +2,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -51,6 +51,9 @@ class Running:
         return [sessions, self.fakes.engine.capacity()]
 
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
+
 Start = Callable[..., Any]
 
 
@@ -66,18 +69,22 @@ async def start() -> AsyncIterator[Start]:
     started: list[Fakes] = []
 
     @asynccontextmanager
-    async def run(fakes: Fakes, settings: Settings) -> AsyncIterator[Running]:
-        app = create_app(lambda progress: fakes.loaded(), settings)
+    async def run(fakes: Fakes, settings: Settings, tracing: "Tracing | None") -> AsyncIterator[Running]:
+        app = create_app(lambda progress: fakes.loaded(), settings, tracing)
         transport = httpx.ASGITransport(app)
         async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://k") as c:
             running = Running(app, c, fakes)
             await running.service.loaded()
             yield running
 
-    async def start_one(*, settings: dict[str, Any] | None = None, **engine: Any) -> Running:
+    async def start_one(
+        *, settings: dict[str, Any] | None = None, tracing: "Tracing | None" = None, **engine: Any
+    ) -> Running:
         fakes = Fakes.build(**engine)
         started.append(fakes)
-        return await stack.enter_async_context(run(fakes, Settings(**{"drain_seconds": 1.0, **(settings or {})})))
+        return await stack.enter_async_context(
+            run(fakes, Settings(**{"drain_seconds": 1.0, **(settings or {})}), tracing)
+        )
 
     yield start_one
     for fakes in started:
