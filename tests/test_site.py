@@ -1,6 +1,8 @@
 """The pages of docs/ are all in the site, and what they link to is there. `make docs` builds it, with no warning."""
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,3 +46,17 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in map(slug, headings), f"{page.name}: {link}"
         if page != ROOT / "README.md":
             assert target.is_relative_to(ROOT / "docs"), f"{page.name}: {link} is not in the site"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """As a newcomer's `make docs` does, with a `.venv` of its own."""
+    for name in ("Makefile", "mkdocs.yml", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "keypast", "engine", "service"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    done = subprocess.run(["make", "docs"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in (tmp_path / "docs").glob("*.md"):
+        name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+        assert (tmp_path / "build" / "site" / name).exists()

@@ -68,7 +68,8 @@ class Axes:
 
     def ticks_y(self) -> list[tuple[float, str]]:
         if not self._plot.log:
-            return [(self.high * at / 4, _short(self.high * at / 4)) for at in range(5)]
+            parts = 5 if f"{self.high:.1e}"[:3] in ("1.0", "2.5", "5.0") else 4  # so that each is a round number
+            return [(self.high * at / parts, _short(self.high * at / parts)) for at in range(parts + 1)]
         powers = range(round(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         digits = (1,) if self.high / self.low > 1e3 else (1, 2, 5)
         values = (digit * 10.0**power for power in powers for digit in digits)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -39,6 +40,23 @@ def test_every_example_parses(path: tuple[str, ...]) -> None:
     for line in lines:
         with command.make_context(path[-1], shlex.split(line)) as context:
             assert context.args == []
+
+
+def typed() -> list[str]:
+    """The command lines of README and guides, without what the shell does."""
+    top = Path(__file__).parents[2]
+    pages = [top / "README.md", *(top / "docs").glob("*.md")]
+    blocks = [block for page in pages for block in re.findall(r"```(?:sh)?\n(.*?)```", page.read_text(), re.DOTALL)]
+    found = re.findall(r"^(?:[$] |KEYPAST_\w+=\S+ )?keypast (\S[^#|>\n]*)", "\n".join(blocks), re.MULTILINE)
+    return sorted({line.strip() for line in found})
+
+
+@pytest.mark.parametrize("line", typed())
+def test_every_command_line_of_the_guides_parses(line: str) -> None:
+    words = shlex.split(line)
+    path = tuple(words[:2]) if tuple(words[:2]) in LEAVES else tuple(words[:1])
+    with LEAVES[path].make_context(path[-1], words[len(path) :]) as context:
+        assert context.args == []
 
 
 def test_an_example_stands_on_a_line_of_its_own() -> None:

@@ -110,10 +110,10 @@ def test_guides_python(code: str, address: str, tmp_path: Path) -> None:
     assert list(dict.fromkeys(printed)) == [line for _, text in said for line in text.split(" | ")]
 
 
-@pytest.mark.parametrize("document", [README, QUICKSTART], ids=["readme", "quickstart"])
+@pytest.mark.parametrize("document", [README, QUICKSTART, SESSIONS], ids=["readme", "quickstart", "sessions"])
 def test_curl(document: str, address: str) -> None:
     lines = curls(document)
-    assert len(lines) > 4
+    assert lines
     for line in lines:
         *words, url = shlex.split(line)[1:]
         url = url.replace("127.0.0.1:8000", address)
