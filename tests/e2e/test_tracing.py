@@ -181,7 +181,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_who_asks_for_traces_without_the_extra_is_told_what_to_do() -> None:
     done = run(WITHOUT_EXTRA)
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("keypast: KEYPAST_OTLP_ENDPOINT=http://127.0.0.1:4318: traces need opentelemetry.")
     assert "pip install 'keypast[otel]'" in line
