@@ -71,6 +71,8 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.sessions --llama-server .peers/llama/bin/llama-server --weights .peers --save
 	$(BIN)/python -m benchmarks.raw_layer --save
 	$(BIN)/python -m benchmarks.http_load --save
+	$(BIN)/python -m benchmarks.vs_pytriton --python .peers/pytriton/bin/python --save
+	$(BIN)/python -m benchmarks.growth --llama-server .peers/llama/bin/llama-server --weights .peers --save
 
 # Runs from the source tree with the Python that has torch, triton, numpy and safetensors: .venv's if there is one.
 gpu-check:

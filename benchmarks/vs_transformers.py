@@ -1,12 +1,13 @@
 """Our engine against transformers' own generate loop, in process, on the same bfloat16 weights, in turn.
 
-Peers: a greedy loop of `model(...)` with a StaticCache, as `generate` runs it, eager and through torch.compile. Bounds:
-as in `vs_llama`.
+Peers: a greedy loop of `model(...)` with a StaticCache, as `generate` runs it, eager and through torch.compile; and for
+many sessions `generate_batch`, its continuous batching over a paged cache. Bounds: as in `vs_llama`.
 
     python -m benchmarks.vs_transformers [--rounds 5] [--save]
 """
 
 import argparse
+import logging
 import statistics
 import time
 from functools import partial
@@ -22,15 +23,19 @@ from benchmarks.peers.servers import prompt
 from engine.checkpoints.gguf import convert, default_model
 
 STEPS = 16
+PAGE = 256  # positions, its default
 GOALS = {("eager", 1): 3.5, ("eager", 16): 6, ("compiled", 1): 2.5, ("compiled", 16): 6}
+
+
+def load() -> Any:
+    cache = Path.home() / ".cache" / "keypast"
+    path = convert(default_model(cache, print), cache)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
 
 class Transformers:
     def __init__(self, compiled: bool) -> None:
-        cache = Path.home() / ".cache" / "keypast"
-        path = convert(default_model(cache, print), cache)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-        self.model: Any = loaded.eval()
+        self.model = load()
         self._call: Any = torch.compile(self.model, fullgraph=True) if compiled else self.model
         self._caches: dict[tuple[int, int], Any] = {}
 
@@ -53,6 +58,37 @@ class Transformers:
         return transformers.StaticCache(config=self.model.config, max_cache_len=context + STEPS)
 
 
+class ContinuousBatching:
+    """Its manager begins and ends with every call, so that its thread takes nothing while another side is measured."""
+
+    def __init__(self) -> None:
+        self.model = load()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # would measure memory; is told below
+
+    def step_ms(self, sessions: int, context: int) -> float:
+        """Mean of steps in which every session decodes: one batch takes all the prompts."""
+        settings = transformers.ContinuousBatchingConfig(
+            num_blocks=sessions * (-(-(context + STEPS + 1) // PAGE) + 1),
+            page_size=PAGE,
+            max_batch_tokens=sessions * context,
+        )
+        told = self.model.generate_batch(
+            [prompt(seed, context) for seed in range(sessions)],
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=STEPS + 1, do_sample=False, eos_token_id=-1, pad_token_id=0
+            ),
+            continuous_batching_config=settings,
+            record_timestamps=True,
+            warmup=False,
+        )
+        arrivals: list[list[float]] = [request.timestamps for request in told.values()]
+        if len(arrivals) != sessions or any(len(times) != STEPS + 1 for times in arrivals):
+            raise RuntimeError(f"generate_batch gave {[len(times) for times in arrivals]} tokens")
+        start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+        steps = sum(start < at <= end for at in arrivals[0])
+        return (end - start) * 1e3 / steps
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -63,12 +99,15 @@ def main() -> None:
     print(HEADER)
     for name in ("eager", "compiled"):
         peer = Transformers(name == "compiled")
-        for sessions in (1, 16):
-            peer.step_ms(sessions, 256)  # compiles
-            pairs = Pairs(f"decode {sessions} x 256", f"transformers {name}", "ms", "less", GOALS[name, sessions])
-            sides = partial(ours.step_ms, sessions, 256), partial(peer.step_ms, sessions, 256)
-            results.append(interleave(pairs, *sides, options.rounds))
+        results += [against(ours, name, peer, sessions, options.rounds) for sessions in (1, 16)]
+    results.append(against(ours, "continuous", ContinuousBatching(), 16, options.rounds))
     report("vs_transformers", results, {"transformers": transformers.__version__}, options.save)
+
+
+def against(ours: OurEngine, name: str, peer: Transformers | ContinuousBatching, sessions: int, rounds: int) -> Pairs:
+    peer.step_ms(sessions, 256)  # compiles
+    pairs = Pairs(f"decode {sessions} x 256", f"transformers {name}", "ms", "less", GOALS.get((name, sessions)))
+    return interleave(pairs, partial(ours.step_ms, sessions, 256), partial(peer.step_ms, sessions, 256), rounds)
 
 
 if __name__ == "__main__":

