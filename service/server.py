@@ -19,6 +19,7 @@ from service import logs
 from service.app import create_app
 from service.connection import Connection
 from service.lifecycle import Load, Service
+from service.progress import Display
 from service.settings import Settings, SettingsError
 
 KEEP_ALIVE_SECONDS = 75  # a client thinks between two steps; longer than most pools and proxies keep an idle connection
@@ -108,16 +109,10 @@ async def _run(server: _Server, listener: socket.socket, service: Service) -> in
 
 
 async def _show_progress(ends: list[asyncio.Future[None]], service: Service) -> None:
-    """Until one of them ends: a live line on a terminal, else a line for each thing that is begun."""
-    shown = ""
-    with _console.status("starting") if _console.is_terminal else contextlib.nullcontext() as status:
+    """Until one of them ends."""
+    with Display(_console) as show:
         while not any(end.done() for end in ends):
-            if service.progress != shown:
-                shown = service.progress
-                if status is None:
-                    _console.print(shown, markup=False)
-                else:
-                    status.update(shown)
+            show(service.progress)
             await asyncio.wait(ends, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
 
 
@@ -128,19 +123,14 @@ def complain(error: BaseException) -> None:
 def _welcome(service: Service, address: str) -> str:
     specs = service.engine.specs
     speaks = next((name for name, spec in specs.items() if spec.history is not None), None)
-    name = speaks or next(iter(specs))
-    act = (
-        "s.prefill(text='The capital of France is'); print(s.generate(max_tokens=8).outputs.text)"
-        if speaks
-        else "print(s)"
-    )
-    python = f"import keypast; s = keypast.Client('{address}').sessions.create('{name}'); {act}"
-    body = f'{{"model": "{name}"}}'
-    return (
-        f"keypast serves {', '.join(specs)} on {address} (reference: {address}/docs)\n"
-        f"try  curl --json '{body}' {address}/v1/sessions\n"
-        f'or   python -c "{python}"'
-    )
+    body = f'{{"model": "{speaks or next(iter(specs))}"}}'
+    lines = [
+        f"keypast serves {', '.join(specs)} on {address}",
+        f"  try  keypast {'chat' if speaks else 'models'} --url {address}",
+        f"       curl --json '{body}' {address}/v1/sessions",
+        f"  see  {address}/docs",
+    ]
+    return "\n".join(lines)
 
 
 def check_tls(settings: Settings) -> None:

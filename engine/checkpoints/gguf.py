@@ -91,12 +91,14 @@ def convert(path: Path, cache_dir: Path, progress: Progress = lambda message: No
     config = hub_config(source)
     decoder = DecoderConfig.from_hf(config)
     tensors = _match(source, decoder)
-    progress(f"converting {path.name}: {len(tensors)} tensors")
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=models, ignore_cleanup_errors=True) as name:
         partial = Path(name) / "model"
         partial.mkdir()
         _write_text_files(source.metadata, config, partial)
-        _write_tensors(source, decoder, tensors, partial / "model.safetensors")
+        done = partial / "model.safetensors"
+        _write_tensors(
+            source, decoder, tensors, done, lambda count: progress(f"converting {path.name} {count} tensors")
+        )
         try:
             partial.rename(target)
         except OSError:  # another process was first, and its directory is the same
@@ -166,8 +168,11 @@ def _is_conv1d(stored: str) -> bool:
     return stored.startswith("h.") and ".c_" in stored and stored.endswith(".weight")
 
 
-def _write_tensors(source: GGUFFile, decoder: DecoderConfig, names: Mapping[str, str], path: Path) -> None:
-    """A safetensors file written tensor by tensor, so that only one is ever in memory as float32."""
+def _write_tensors(
+    source: GGUFFile, decoder: DecoderConfig, names: Mapping[str, str], path: Path, told: Progress
+) -> None:
+    """A safetensors file written tensor by tensor, so that only one is ever in memory as float32. `told` hears which
+    of how many."""
     prefix = "transformer." if decoder.positions == "learned" else "model."
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -180,7 +185,8 @@ def _write_tensors(source: GGUFFile, decoder: DecoderConfig, names: Mapping[str,
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for stored, name in names.items():
+        for count, (stored, name) in enumerate(names.items(), 1):
+            told(f"{count}/{len(names)}")
             _write_tensor(file, _hub_layout(source, decoder, stored, name))
 
 

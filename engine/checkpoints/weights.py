@@ -363,7 +363,12 @@ def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def fetch_hub(repo: str, cache_dir: Path, download: Callable[..., str] | None = None) -> Path:
+def fetch_hub(
+    repo: str,
+    cache_dir: Path,
+    download: Callable[..., str] | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Path:
     """The directory of `ORG/NAME` or `ORG/NAME@REVISION`, fetched from the Hugging Face Hub when it is not there yet.
 
     Only the files this module reads are fetched: never code, never a pickle. `download` is
@@ -374,8 +379,11 @@ def fetch_hub(repo: str, cache_dir: Path, download: Callable[..., str] | None = 
         raise InvalidInput("model", f"hf:{repo} is not hf:ORG/NAME or hf:ORG/NAME@REVISION")
     if download is None:
         from huggingface_hub import snapshot_download  # slow to import, and only needed here
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
+        disable_progress_bars()  # the service tells what goes on by itself
         download = snapshot_download
+    progress(f"fetching {repo} from the Hugging Face Hub")
     try:
         found = download(match[1], revision=match[2], cache_dir=str(cache_dir / "hub"), allow_patterns=list(_HUB_FILES))
     except Exception as error:  # the Hub's client raises its own errors, those of its HTTP library, and OSError

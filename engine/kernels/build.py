@@ -61,9 +61,7 @@ def load(cache_dir: Path, compiler: str = "g++", progress: Callable[[str], None]
         library = find(cache_dir)
         built = not library.exists()
         if built:
-            if progress is not None:
-                progress("building the CPU kernels, once, some 20 s")
-            build(library, compiler)
+            build(library, compiler, progress)
         try:
             torch.ops.load_library(library)  # type: ignore[no-untyped-call]
         except OSError as error:
@@ -96,12 +94,12 @@ def digest() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def build(library: Path, compiler: str) -> None:
+def build(library: Path, compiler: str, progress: Callable[[str], None] | None = None) -> None:
     """Compiles beside the target and moves the whole library into place, so that racing builds cannot meet."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as work:
-            objects = compile_units(Path(work), compiler)
+            objects = compile_units(Path(work), compiler, progress)
             linked = Path(work) / LIBRARY
             wait(start([compiler, "-shared", "-o", str(linked), *map(str, objects), *link_flags()]), "linking")
             os.replace(linked, library)
@@ -109,7 +107,7 @@ def build(library: Path, compiler: str) -> None:
         raise KernelUnavailable(f"cannot build in {library.parent}: {error}") from error
 
 
-def compile_units(work: Path, compiler: str) -> list[Path]:
+def compile_units(work: Path, compiler: str, progress: Callable[[str], None] | None = None) -> list[Path]:
     """Compiles every unit at once and returns the objects."""
     running = []
     with contextlib.ExitStack() as stack:
@@ -122,7 +120,9 @@ def compile_units(work: Path, compiler: str) -> list[Path]:
             stack.enter_context(process)
             stack.callback(process.kill)  # when another one failed
             running.append((name, target, process))
-        for name, _, process in running:
+        for done, (name, _, process) in enumerate(running):
+            if progress is not None:
+                progress(f"building the CPU kernels, once {done}/{len(running)} files")
             wait(process, f"compiling {name}")
     return [target for _, target, _ in running]
 

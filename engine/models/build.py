@@ -83,7 +83,6 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
 
     checkpoint = Checkpoint.open(_directory(spec, options.cache_dir, progress), options.cache_dir)
     device, dtype = options.resolve()
-    progress(f"{name}: loading {checkpoint.config.architecture}")
     if options.quantize == "int8" and not options.kernels:
         raise InvalidInput("quantize", "int8 needs the native kernels, else say none")
     model = load_decoder(
@@ -95,6 +94,7 @@ def build_decoder(name: str, spec: str, options: LoadOptions, progress: Progress
         parallel=options.parallel,
         kernels=options.kernels,
         int8=options.quantize == "int8",
+        progress=progress,
     )
     return LoadedModel(model, Tokenizer.open(checkpoint), frozenset(checkpoint.config.eos_token_ids))
 
@@ -109,6 +109,7 @@ def load_decoder(
     parallel: Parallel | None = None,
     kernels: bool = False,
     int8: bool = False,
+    progress: Progress = lambda message: None,
 ) -> DecoderModel:
     """With `parallel`, this rank's share of it. With `kernels` its linears are the native kernels', `int8`: in 8 bits.
     Raises InvalidInput where the ranks cannot share it evenly."""
@@ -128,10 +129,11 @@ def load_decoder(
         divide("model_parallel", parallel.model.size, f"model {name}", **sizes)
         model.shard(parallel)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    tensors = {
-        key: (tensor if parallel is None else parallel.model.share_like(tensor, shapes[key])).to(device, dtype)
-        for key, tensor in checkpoint.tensors()
-    }
+    tensors = {}
+    for count, (key, tensor) in enumerate(checkpoint.tensors(), 1):
+        progress(f"{name}: loading {config.architecture} {count}/{len(shapes) - config.tied_head} tensors")
+        share = tensor if parallel is None else parallel.model.share_like(tensor, shapes[key])
+        tensors[key] = share.to(device, dtype)
     if config.tied_head:
         tensors["head.weight"] = tensors["embed.weight"]
     model.load_state_dict(tensors, assign=True)
@@ -157,7 +159,7 @@ def _directory(spec: str, cache_dir: Path, progress: Progress) -> Path:
     if spec == "default":
         return convert(default_model(cache_dir, progress), cache_dir, progress)
     if spec.startswith("hf:"):
-        return fetch_hub(spec.removeprefix("hf:"), cache_dir)
+        return fetch_hub(spec.removeprefix("hf:"), cache_dir, progress=progress)
     path = Path(spec).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return convert(path, cache_dir, progress)

@@ -104,6 +104,14 @@ def prefilled(client: httpx.Client, kind: Kind) -> str:
     return str(path)
 
 
+def test_what_it_says_to_try_works(server: Server) -> None:
+    address = server.address()
+    assert server.line(r"  try  keypast (?:chat|models) --url (\S+)$")[1] == address
+    curl = server.line(r" +curl --json '(.+)' (\S+)$")
+    assert httpx.post(curl[2], content=curl[1], headers={"Content-Type": "application/json"}).status_code == 201
+    assert server.line(r"  see  (\S+)/docs$")[1] == address
+
+
 def test_sigterm_drains_and_exits_0(server: Server, kind: Kind) -> None:
     address = server.address()
     with httpx.Client(base_url=address) as client, ThreadPoolExecutor() as threads:
