@@ -1,34 +1,40 @@
-"""How the cost of a step grows with the context and with the number of sessions, ours beside llama.cpp's; two plots.
+"""How cost grows, over HTTP, ours beside llama.cpp's server on the same BF16 weights, in turn; three plots.
 
-Both through HTTP, streams of their own generation, BF16 weights, in turn. A point is the median of the rounds.
+    context     ms a step of one session, over the length of its past
+    sessions    ms a step of all sessions together, each on a past of 256
+    history     ms to the first token of the next turn, 16 tokens, over the length of the conversation: a held session;
+                ours without it, all prefilled again; llama.cpp, the conversation in its prompt cache
 
-    python -m benchmarks.growth --llama-server PATH --weights DIR [--rounds 3] [--save]
+Bounds: a step reads all weights once and every past; a turn, the prefill of its own 16 tokens.
 
-`--save` leaves benchmarks/results/DATE-growth.json and docs/growth.svg (needs matplotlib).
+    python -m benchmarks.growth --llama-server PATH --weights DIR [--rounds 3] [--points N] [--plot FILE] [--save]
+
+`--points` takes so many of each plot's points, for a look. `--plot` draws into FILE (.svg or .png); `--save` leaves
+benchmarks/results/DATE-growth.json and docs/pictures/growth.svg. Drawing needs matplotlib.
 """
 
 import argparse
 import asyncio
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.peers.compare import Pairs, report
+from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.servers import Keypast, Llama, Server, prompt
+from benchmarks.sessions import turns
+from keypast.loadtest.png import COLOURS
 
 TOKENS = 32
-CONTEXTS = (16, 256, 1024, 2048, 4096, 8000)  # one session
-SESSIONS = (1, 2, 4, 8, 16, 32, 64)  # at context 256
-PLOT = Path(__file__).parent.parent / "docs" / "growth.svg"
+CONTEXTS = (16, 1000, 2000, 4000, 6000, 8000)
+SESSIONS = (1, 4, 8, 16, 32, 64)
+HISTORY = (250, 500, 1000, 2000, 4000, 8000)
+PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "growth.svg"
+OURS, LLAMA, AGAIN = "keypast", "llama.cpp", "prefilled again"
 
-
-@dataclass
-class Point:
-    sessions: int
-    context: int
-    ours_ms: float
-    theirs_ms: float
+Curve = dict[int, list[float]]  # by what grows: ms in every round
+Curves = dict[str, Curve]
 
 
 def main() -> None:
@@ -36,60 +42,97 @@ def main() -> None:
     parser.add_argument("--llama-server", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--points", type=int)
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    print(f"{'sessions':>8} {'context':>8} {'ours ms':>9} {'llama.cpp ms':>13}")
-    cases = [(1, context) for context in CONTEXTS] + [(sessions, 256) for sessions in SESSIONS[1:]]
+    print(HEADER)
     with asyncio.Runner() as runner, Keypast() as ours:
         runner.run(ours.ready("/readyz"))
-        points = [measure(runner, ours, sessions, context, options) for sessions, context in cases]
-    results = [
-        Pairs(f"{p.sessions} x {p.context}", "llama.cpp BF16", "ms", "less", None, [p.ours_ms], [p.theirs_ms])
-        for p in points
-    ]
-    if options.save:
-        plot(points)
+        context = {at: [step(runner, ours, 1, at, options)] for at in CONTEXTS[: options.points]}
+        sessions = {at: [step(runner, ours, at, 256, options)] for at in SESSIONS[: options.points]}
+        history = {at: turns(runner, ours, at, options) for at in HISTORY[: options.points]}
+    panels = {
+        "ms a step, over the length of the past": curves(context, [LLAMA]),
+        "ms a step, over the number of sessions": curves(sessions, [LLAMA]),
+        "ms to a turn's first token, over the history": curves(history, [AGAIN, LLAMA]),
+    }
+    for path in [options.plot] * (options.plot is not None) + [PICTURE] * options.save:
+        draw(panels, path)
+    results = [pairs for measured in (context, sessions, history) for point in measured.values() for pairs in point]
     report("growth", results, {}, options.save)
 
 
-def measure(runner: asyncio.Runner, ours: Server, sessions: int, context: int, options: argparse.Namespace) -> Point:
+def step(runner: asyncio.Runner, ours: Server, sessions: int, context: int, options: argparse.Namespace) -> Pairs:
     prompts = [prompt(seed, context) for seed in range(sessions)]
-    weights = options.weights / "smollm2-BF16.gguf"
-    with Llama(options.llama_server, weights, sessions, context + TOKENS + 8) as peer:
+    with Llama(options.llama_server, options.weights / "smollm2-BF16.gguf", sessions, context + TOKENS + 8) as peer:
         runner.run(peer.ready("/health"))
-        times: tuple[list[float], list[float]] = [], []
-        for _ in range(options.rounds):
-            for server, own in zip((ours, peer), times, strict=True):
-                own.append(sessions / runner.run(server.streams(prompts, TOKENS))[0] * 1e3)
-    point = Point(sessions, context, *map(statistics.median, times))
-    print(f"{sessions:8} {context:8} {point.ours_ms:9.2f} {point.theirs_ms:13.2f}", flush=True)
-    return point
+
+        def ms(server: Server) -> float:
+            return sessions / runner.run(server.streams(prompts, TOKENS))[0] * 1e3
+
+        pairs = Pairs(f"a step, {sessions} x {context}", peer.name, "ms", "less")
+        return interleave(pairs, partial(ms, ours), partial(ms, peer), options.rounds)
 
 
-def plot(points: Sequence[Point]) -> None:
+def curves(measured: dict[int, list[Pairs]], peers: Sequence[str]) -> Curves:
+    """Of ours, and of the peers in the order in which every point has them."""
+    ours = {at: [ms for pairs in point for ms in pairs.ours] for at, point in measured.items()}
+    return {OURS: ours} | {
+        name: {at: point[index].theirs for at, point in measured.items()} for index, name in enumerate(peers)
+    }
+
+
+def draw(panels: dict[str, Curves], path: Path) -> None:
+    """Medians as lines, from the least to the most of the rounds as bands."""
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    matplotlib.rcParams["svg.hashsalt"] = "keypast"  # the same numbers give the same file
+    figure = Figure(figsize=(13, 3.9), dpi=120, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    FigureCanvasAgg(figure)
+    for (title, panel), axes in zip(panels.items(), figure.subplots(1, len(panels)), strict=True):
+        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+        _lines(panel, axes, log=AGAIN in panel)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    by_context = sorted((p.context, p.ours_ms, p.theirs_ms) for p in points if p.sessions == 1)
-    by_sessions = sorted((p.sessions, p.ours_ms, p.theirs_ms) for p in points if p.context == 256)
-    for axes, rows, what in (
-        (left, by_context, "context of one session (positions)"),
-        (right, by_sessions, "sessions at context 256"),
-    ):
-        x, ours, theirs = zip(*rows, strict=True)
-        axes.plot(x, ours, "o-", label="keypast")
-        axes.plot(x, theirs, "s--", label="llama.cpp BF16")
-        axes.set_xlabel(what)
-        axes.set_ylabel("ms a step")
+
+def _lines(panel: Curves, axes: Any, *, log: bool) -> None:
+    """A line's name is at its end, in its colour."""
+    colours = dict(zip((OURS, LLAMA, AGAIN), COLOURS, strict=False))
+    for name, curve in panel.items():
+        x, rounds = list(curve), list(curve.values())
+        middle = [statistics.median(each) for each in rounds]
+        axes.plot(x, middle, "o-", color=colours[name], linewidth=1.8, markersize=3.5)
+        axes.fill_between(x, *_each(rounds, min, max), color=colours[name], alpha=0.15, linewidth=0)
+        axes.annotate(
+            name,
+            (x[-1], middle[-1]),
+            (6, 0),
+            textcoords="offset points",
+            color=colours[name],
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
+    if log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    else:
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.tight_layout()
-    figure.savefig(PLOT)
-    print(f"plotted {len(points)} points into {PLOT}")
+    ticks = list(panel[OURS])
+    axes.set_xticks(ticks, [str(at) if at < 1000 else f"{at // 1000}k" for at in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(left=False, labelsize=9)
+
+
+def _each(rounds: list[list[float]], *of: Callable[[list[float]], float]) -> list[list[float]]:
+    return [[one(each) for each in rounds] for one in of]
 
 
 if __name__ == "__main__":
