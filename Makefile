@@ -69,7 +69,7 @@ bench-peers: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.vs_openvino --python .peers/ov/bin/python --model .peers/ovmodel --save
 	$(BIN)/python -m benchmarks.vs_transformers --save
 	$(BIN)/python -m benchmarks.sessions --llama-server .peers/llama/bin/llama-server --weights .peers --save
-	$(BIN)/python -m benchmarks.raw_layer --save
+	$(BIN)/python -m benchmarks.raw_layer --peer-huge-pages --save
 	$(BIN)/python -m benchmarks.http_load --save
 	$(BIN)/python -m benchmarks.vs_pytriton --python .peers/pytriton/bin/python --save
 	$(BIN)/python -m benchmarks.growth --llama-server .peers/llama/bin/llama-server --weights .peers --save

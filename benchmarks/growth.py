@@ -88,10 +88,11 @@ def draw(panels: dict[str, Curves], path: Path) -> None:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     matplotlib.rcParams["svg.hashsalt"] = "keypast"  # the same numbers give the same file
-    figure = Figure(figsize=(13, 3.9), dpi=120, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08, wspace=0.05)
+    figure = Figure(figsize=(13, 3.9), dpi=120, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     for (title, panel), axes in zip(panels.items(), figure.subplots(1, len(panels)), strict=True):
         axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
