@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 # Tests run side by side on so many cores.
 WORKERS ?= 2
 
-.PHONY: help serve install test test-slow test-containers check format reference docs bench bench-peers gpu-check clean
+.PHONY: help serve install test test-slow test-containers check format reference docs bench bench-peers soak gpu-check clean
 
 help:
 	@echo "make serve      install, fetch the default model, serve on 127.0.0.1:8000"
@@ -20,7 +20,7 @@ help:
 	@echo "make check      format, lint, types, import layers"
 	@echo "make reference  write the generated pages and pictures of docs/ anew"
 	@echo "make docs       build docs/ as a site, into build/site"
-	@echo "make bench      the benchmarks of this machine, last line JSON each (make bench-peers: beside other servers)"
+	@echo "make bench      the benchmarks of this machine, last line JSON each (make bench-peers: beside other servers; make soak: ten minutes of load)"
 	@echo "make gpu-check  on a GPU: is it right, how fast is it; needs nothing installed but torch and triton"
 
 serve: $(VENV)/.server
@@ -61,6 +61,10 @@ docs: $(VENV)/.docs
 bench: $(VENV)/.server
 	$(BIN)/python -m benchmarks.engine_step
 	$(BIN)/python -m benchmarks.http_step
+
+# Ten minutes and more: nothing fails, leaks or drifts under four fifths of the highest load.
+soak: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.soak --save
 
 # Other servers of the same model, built into .peers once (ten minutes or more), then everything side by side.
 bench-peers: $(VENV)/.dev

@@ -14,14 +14,14 @@ def main() -> None:
     except SettingsError as error:
         sys.stderr.write(f"keypast: {error}\n")
         sys.exit(2)
-    _set_up_torch(settings)
+    set_up_torch(settings)
     from service.loader import load_models
     from service.server import serve
 
     sys.exit(serve(partial(load_models, settings), settings))
 
 
-def _set_up_torch(settings: Settings) -> None:
+def set_up_torch(settings: Settings) -> None:
     """Must run before torch is imported, whose OpenMP reads this once; hence the imports above. An operator's own
     settings stay.
 
