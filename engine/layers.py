@@ -13,7 +13,7 @@ from engine.attention.base import Backend, KVView, Rotary, Scoring
 from engine.attention.dense import DenseView, Past, check_lengths, check_mask, check_past, check_rotary, check_shapes
 from engine.attention.mask import attending
 from engine.errors import InvalidInput
-from engine.packing import pack_int8, pack_plain
+from engine.packing import Arena, pack_int8, pack_plain
 from engine.parallel import Parallel, Ranks, divide
 
 ROWS, COLUMNS = 0, 1  # of a linear's weight: its outputs, its inputs
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
     read, and inputs are rounded to 16 bits.
     """
 
-    native = False
+    arena: Arena | None = None  # where the native kernels' weights are kept
     int8 = False  # native only
     packed: Tensor | None = None
     offset: Tensor | None = None  # what the kernels add, float32 (out,): the bias, or zeros
@@ -50,6 +50,10 @@ class Linear(nn.Linear):
         self.weight = _share(self.weight, ranks, COLUMNS)
 
     @property
+    def native(self) -> bool:
+        return self.arena is not None
+
+    @property
     def matrix(self) -> Tensor:
         """W, as [out, in]."""
         return self.weight
@@ -58,8 +62,8 @@ class Linear(nn.Linear):
         if self.weight.device.type != "cpu":
             return
         weight = self.matrix.detach()
-        if self.native:
-            self._pack_native(weight)
+        if self.arena is not None:
+            self._pack_native(weight, self.arena)
             return
         # float16 products are some twenty times slower here than float32 ones, which hold every float16 exactly.
         wide = weight.float() if weight.dtype == torch.float16 else weight
@@ -69,8 +73,8 @@ class Linear(nn.Linear):
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().to(wide.dtype), requires_grad=False)
 
-    def _pack_native(self, weight: Tensor) -> None:
-        self.packed = pack_int8(weight) if self.int8 else pack_plain(weight)
+    def _pack_native(self, weight: Tensor, arena: Arena) -> None:
+        self.packed = arena.keep(pack_int8(weight) if self.int8 else pack_plain(weight))
         added_here = self.bias is not None and self.cut != COLUMNS
         self.offset = self.bias.detach().float() if added_here else torch.zeros(self.out_features)
         self.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
@@ -84,7 +88,7 @@ class Linear(nn.Linear):
         whole.weight = nn.Parameter(weight, requires_grad=False)
         if parts[0].bias is not None:
             whole.bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), requires_grad=False)
-        whole.native, whole.int8 = parts[0].native, parts[0].int8
+        whole.arena, whole.int8 = parts[0].arena, parts[0].int8
         for part in parts:
             part.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         whole.pack()
@@ -428,9 +432,10 @@ class DecoderBlock(nn.Module):
 
 def use_kernels(model: nn.Module, *, int8: bool = False) -> None:
     """Has `pack` keep every linear of the model for the native kernels, which must be loaded by the first pass."""
+    arena = Arena()
     for module in model.modules():
         if isinstance(module, Linear):
-            module.native, module.int8 = True, int8
+            module.arena, module.int8 = arena, int8
 
 
 def _share(parameter: Tensor, ranks: Ranks, axis: int = 0) -> nn.Parameter:

@@ -138,7 +138,7 @@ KEYPAST_INLINE void sum_group(const int8_t* weight, const int16_t* values, int64
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = Sums{};
   for (int pair = 0; pair < kGroup / 2; ++pair) {
-    __builtin_prefetch(weight + kFetch + pair * N * 2 * kLanes);
+    __builtin_prefetch(weight + kFetch + pair * N * 2 * kLanes, 0, 0);
     Pairs w[N];
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) w[n] = widen_pairs(weight + n * kHalf + pair * 2 * kLanes);
     KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -190,7 +190,7 @@ struct Floats : Rounding {
     const float* x = a.scratch + row * width;
     const T* w = (const T*)weight + half * kLanes;
     for (int64_t i = 0; i < width; ++i, w += kOutputs) {
-      __builtin_prefetch((const char*)w + kFetch);
+      __builtin_prefetch((const char*)w + kFetch, 0, 0);
       Vec wide[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) wide[n] = load(w + n * kLanes);
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -210,7 +210,7 @@ struct PairsOfFloats : Rounding {  // bfloat16 weights where nothing multiplies 
     const float* x = a.scratch + row * width;
     const UIntLane* w = (const UIntLane*)weight + half * kParts;
     for (int64_t at = 0; at < width; at += 2, w += 2 * kParts) {
-      __builtin_prefetch((const char*)w + kFetch);
+      __builtin_prefetch((const char*)w + kFetch, 0, 0);
       Vec even[N], odd[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n)
         KEYPAST_UNROLL KEYPAST_EACH {
@@ -257,7 +257,7 @@ struct PairsOfBFloats : Rounding {
     for (int64_t pair = 0; pair < a.width() / 2; ++pair, x += 4, weight += kOutputs * 4) {
       __m512i w[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
-        __builtin_prefetch(weight + kFetch + n * 64);
+        __builtin_prefetch(weight + kFetch + n * 64, 0, 0);
         w[n] = _mm512_loadu_si512(weight + (half + n) * 64);
       }
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {

@@ -47,9 +47,9 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.rotary = rotary
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = _embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_length, config.hidden_size) if learned else None
+        self.positions = _embedding(config.max_length, config.hidden_size) if learned else None
         self.blocks = nn.ModuleList(_block(config, getattr(torch, spec.dtype)) for _ in range(config.layers))
         self.norm = _norm(config)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -214,3 +214,8 @@ def _norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
     if config.norm == "rms":
         return RMSNorm(config.hidden_size, config.norm_eps)
     return LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+
+def _embedding(rows: int, size: int) -> nn.Embedding:
+    """Of any values: drawing them, even on the meta device, makes torch import its compiler (1 s, 200 MB)."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size))
