@@ -12,7 +12,7 @@ from torch import Tensor
 GROUP = 32  # inputs that share a scale
 OUTPUTS = 32  # of a block
 LARGEST = 127
-CHUNK = 256 << 20  # bytes; what is not used of it costs address space only
+CHUNK = 64 << 20  # bytes; what is not used of it costs address space only
 ALIGNED = 64  # bytes: a line of the cache
 _ROWS = 128 * OUTPUTS  # quantised at a time: what is made on the way is several times the result
 

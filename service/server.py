@@ -18,6 +18,7 @@ from engine.errors import EngineError, RanksLost
 from service import logs
 from service.app import create_app
 from service.connection import Connection
+from service.host import give_back_memory
 from service.lifecycle import Load, Service
 from service.progress import Display
 from service.settings import Settings, SettingsError
@@ -102,6 +103,7 @@ async def _run(server: _Server, listener: socket.socket, service: Service) -> in
     if loading.done():
         gc.collect()
         gc.freeze()  # what is loaded stays: looking all through it again stops every thread for a third of a second
+        give_back_memory()
         _console.print(_welcome(service, _address(listener, tls=server.config.is_ssl)), markup=False)
     await serving
     loading.cancel()

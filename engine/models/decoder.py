@@ -218,4 +218,4 @@ def _norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
 
 def _embedding(rows: int, size: int) -> nn.Embedding:
     """Of any values: drawing them, even on the meta device, makes torch import its compiler (1 s, 200 MB)."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size))
+    return nn.Embedding(rows, size, _weight=torch.empty(rows, size))

@@ -1,6 +1,8 @@
 """Decoders against transformers' own models of the same weights, and the laws of a session on real attention."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 
 from engine.batch import Append, Generate, Sample, Truncate, Want
-from tests.engine.models import FAMILIES, Served, reference_logits, reference_model, serve_checkpoint
+from tests.engine.models import CACHE, FAMILIES, Served, reference_logits, reference_model, serve_checkpoint
 
+ROOT = Path(__file__).parent.parent.parent
 BACKENDS = ["cpu", "sdpa"]
 ALL = Want(logits="all")
 
@@ -167,3 +170,35 @@ def test_outputs_are_given_as_asked(llama: Served) -> None:
     assert everything["next_token"] == [ids[0]]
     assert everything["logprob"] == pytest.approx([float(logprobs[ids[0]])])
     assert llama.tokens(session, [1]).outputs == {}
+
+
+SERVES = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from engine.attention import choose
+from engine.batch import Generate, Sample
+from engine.checkpoints.weights import Checkpoint
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.models.build import load_decoder
+from engine.runner import ModelRunner
+
+checkpoint, cache = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2])
+model = load_decoder("m", checkpoint, device="cpu", dtype=torch.bfloat16, kv_dtype="float16", kernels=True)
+engine = Engine([ModelRunner(model, choose("cpu", "cpu", cache, print), 50, 16)], EngineConfig(block_size=16))
+asked = Generate(engine.create_session("m").id, 4, sample=Sample(temperature=0.7))
+asked.inputs = {"token_ids": np.array([[1, 2, 3]])}
+engine.submit(asked)
+while engine.run_once():
+    pass
+assert len(asked.future.result(0).token_ids[0]) == 4
+print(*{"torch._dynamo", "torch._inductor", "triton", "sympy"} & sys.modules.keys())
+"""
+
+
+def test_what_serves_a_model_imports_no_compiler(checkpoints: dict[str, tuple[Any, Path]]) -> None:
+    """torch imports its own, and triton, at the first of some calls: a second of each start, and 200 MB."""
+    command = [sys.executable, "-c", SERVES, str(checkpoints["llama"][1]), str(CACHE)]
+    ran = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == []

@@ -20,7 +20,7 @@ from engine.layers import Linear, use_kernels
 from engine.models import build
 from engine.models.base import LoadOptions
 from engine.models.build import load_decoder
-from engine.packing import pack_int8, pack_plain, unpack_int8
+from engine.packing import CHUNK, Arena, pack_int8, pack_plain, unpack_int8
 from engine.runner import ModelRunner
 from tests.engine.models import CACHE, FAMILIES, Served, backend, reference_logits, reference_model
 from tests.engine.test_decoder import words
@@ -120,6 +120,19 @@ def exactly(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out: Tensor = torch.ops.keypast.linear(x, pack_int8(weight), bias)
     return out
+
+
+def test_an_arena_keeps_each_tensor_apart_from_the_others_whatever_their_sizes() -> None:
+    arena = Arena()
+    sizes = [1, 1000, CHUNK // 4 - 8, CHUNK // 2, CHUNK + 64, 7]
+    given_ones = [torch.full((size,), index, dtype=torch.uint8) for index, size in enumerate(sizes)]
+    kept = [arena.keep(tensor) for tensor in given_ones]
+    assert all(torch.equal(own, tensor) for own, tensor in zip(kept, given_ones, strict=True))
+    assert all(own.data_ptr() % 64 == 0 for own in kept)
+    pair = torch.arange(6.0).view(2, 3).t()
+    kept_pair = arena.keep(pair)
+    assert torch.equal(kept_pair, pair)
+    assert kept_pair.is_contiguous()
 
 
 @settings(max_examples=80, deadline=None)
