@@ -108,7 +108,8 @@ class EngineWorker:
         """What each gave or raised; they were all there before any was scheduled. Raises ReaderGone."""
         refused = self.desk.submit_all(operations)
         asked = list(zip(operations, refused, strict=True))
-        await _all_done([operation.future for operation, error in asked if error is None], receive)
+        if await _all_done([operation.future for operation, error in asked if error is None], receive):
+            raise ReaderGone
         return [_outcome(operation.future) if error is None else error for operation, error in asked]
 
     async def truncate(self, operation: Truncate, receive: Receive) -> SessionInfo:
@@ -222,73 +223,46 @@ class _Silences:
 
 async def _answer(future: Future[T], receive: Receive) -> T:
     """What it gives or raises; a reader who leaves before it is scheduled takes it along. Raises ReaderGone."""
-    if not future.done():
-        await _ended_soon(future)
-    return future.result() if future.done() and not future.cancelled() else await _watched(future, receive)
-
-
-async def _ended_soon(future: Future[T]) -> None:
-    """Returns when it has ended, or after `WATCH_AFTER`."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    future.add_done_callback(lambda _: tell(loop, wake))
-    late = loop.call_later(WATCH_AFTER, wake)
-    try:
-        await waiter
-    finally:
-        late.cancel()
-
-
-async def _watched(future: Future[T], receive: Receive) -> T:
-    waiter: asyncio.Future[T] = _awaitable(future)
-    watch = asyncio.ensure_future(left(receive))
-    first: list[asyncio.Future[Any]] = [waiter, watch]
-    try:
-        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        gone = not watch.cancel()
-    if gone and future.cancel():
+    await _all_done([future], receive)
+    if future.cancelled():
         raise ReaderGone
-    return await waiter
+    return future.result()
 
 
-async def _all_done(futures: Sequence[Future[Any]], receive: Receive) -> None:
-    """A reader who leaves takes along what is not scheduled yet. Raises ReaderGone."""
-    loop = asyncio.get_running_loop()
-    ended, count = asyncio.Event(), len(futures)
+async def _all_done(futures: Sequence[Future[Any]], receive: Receive) -> bool:
+    """Whether the reader has left before all had ended. One who leaves takes along what is not scheduled yet; what runs
+    is waited for."""
+    pending = [future for future in futures if not future.done()]
+    if not pending:
+        return False
+    loop, count = asyncio.get_running_loop(), len(pending)
+    ended: asyncio.Future[None] = loop.create_future()
+    watch: asyncio.Future[object] | None = None
 
     def one_ended() -> None:
         nonlocal count
         count -= 1
-        if count == 0:
-            ended.set()
+        if count == 0 and not ended.done():
+            ended.set_result(None)
 
-    if not futures:
-        return
-    for future in futures:
+    def look() -> None:
+        nonlocal watch
+        watch = asyncio.ensure_future(left(receive))
+        watch.add_done_callback(let_go)
+
+    def let_go(watch: asyncio.Future[object]) -> None:
+        for future in () if watch.cancelled() else pending:
+            future.cancel()
+
+    for future in pending:
         future.add_done_callback(lambda _: tell(loop, one_ended))
+    late = loop.call_later(WATCH_AFTER, look)
     try:
-        async with asyncio.timeout(WATCH_AFTER):
-            await ended.wait()
-            return
-    except TimeoutError:
-        pass
-    watch, waiter = asyncio.ensure_future(left(receive)), asyncio.ensure_future(ended.wait())
-    try:
-        await asyncio.wait([watch, waiter], return_when=asyncio.FIRST_COMPLETED)
-        if not ended.is_set():
-            for future in futures:
-                future.cancel()
-            await waiter
-            raise ReaderGone
+        await ended
     finally:
-        watch.cancel()
-        waiter.cancel()
+        late.cancel()
+        gone = watch is not None and not watch.cancel()
+    return gone
 
 
 def _outcome(future: Future[AppendResult]) -> AppendResult | Exception:
@@ -296,26 +270,6 @@ def _outcome(future: Future[AppendResult]) -> AppendResult | Exception:
         return future.result()
     except Exception as error:
         return error
-
-
-def _awaitable(future: Future[T]) -> asyncio.Future[T]:
-    """asyncio.wrap_future at half its price: the other way, from a cancelled waiter to the future, is not needed."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[T] = loop.create_future()
-
-    def deliver() -> None:
-        if waiter.done():
-            return
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled():
-            waiter.cancel()
-        elif error is not None:
-            waiter.set_exception(error)
-        else:
-            waiter.set_result(future.result())
-
-    future.add_done_callback(lambda _: tell(loop, deliver))
-    return waiter
 
 
 async def left(receive: Receive) -> None:
