@@ -49,7 +49,7 @@ def keypast() -> None:
         ("keypast serve --model mine=path/to/hf-directory --port 9000", ""),
         ("keypast serve --model small=model.gguf --quantize int8 --kv-memory 4GiB", ""),
         ("keypast serve --model layer=attention:hidden=1024,heads=16 --dtype float32", ""),
-        ("keypast serve --host 0.0.0.0 --keys-file keys.txt", "others, with keys"),
+        ("keypast serve --host 0.0.0.0 --keys-file keys.txt", "for others, with keys"),
     )
 )
 def serve(

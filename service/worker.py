@@ -237,7 +237,7 @@ async def _all_done(futures: Sequence[Future[Any]], receive: Receive) -> bool:
         return False
     loop, count = asyncio.get_running_loop(), len(pending)
     ended: asyncio.Future[None] = loop.create_future()
-    watch: asyncio.Future[object] | None = None
+    watch: asyncio.Task[None] | None = None
 
     def one_ended() -> None:
         nonlocal count
@@ -247,10 +247,10 @@ async def _all_done(futures: Sequence[Future[Any]], receive: Receive) -> bool:
 
     def look() -> None:
         nonlocal watch
-        watch = asyncio.ensure_future(left(receive))
+        watch = asyncio.create_task(left(receive))
         watch.add_done_callback(let_go)
 
-    def let_go(watch: asyncio.Future[object]) -> None:
+    def let_go(watch: asyncio.Task[None]) -> None:
         for future in () if watch.cancelled() else pending:
             future.cancel()
 

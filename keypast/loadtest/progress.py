@@ -50,14 +50,12 @@ class Progress:
         active = sum(run.active.values())
         return f"{self.title}{max(0.0, run.now):.0f} s{phase}, {active} {'visit runs' if active == 1 else 'visits run'}"
 
-    def _head(self, run: Run) -> Table:
+    def _head(self, run: Run) -> Group:
         plan, head = run.plan, Table.grid(padding=(0, 2))
         done, total = max(0.0, run.now), plan.seconds
         if plan.count is not None:
             done, total = run.record.counts["ended"] + run.record.counts["failed"], plan.count
-        memory = "  ".join(
-            f"{name} {points[-1][1]:,} of {points[-1][3]:,} blocks" for name, points in run.memory.items()
-        )
+        memory = [f"{name} {points[-1][1]:,} of {points[-1][3]:,}" for name, points in run.memory.items()]
         head.add_row(
             ProgressBar(
                 total=total, completed=min(done, total), width=30, complete_style="cyan", finished_style="cyan"
@@ -65,9 +63,7 @@ class Progress:
             self._title(run),
             _rate(run),
         )
-        if memory:
-            head.add_row("", memory, "")
-        return head
+        return Group(head, *([Text(f"blocks: {', '.join(memory)}", style="dim")] if memory else []))
 
 
 def _rate(run: Run) -> str:
