@@ -69,7 +69,7 @@ class Service:
     def detail(self) -> str | None:
         """More about a status other than ready."""
         if self._worker is None:
-            return self.progress
+            return self.progress if self._error is None else "loading failed"
         return "the engine has ended; the log says why" if self.status == "down" else None
 
     @property
@@ -138,7 +138,6 @@ class Service:
     def _settle(self, outcome: Loaded | BaseException) -> None:
         if isinstance(outcome, BaseException):
             self._error = outcome
-            self.progress = "loading failed"
         elif self._stopping:
             outcome.close()
         else:

@@ -1,6 +1,7 @@
 """Scenarios: from files, with errors that name the field; lengths within their bounds; a model for each visit."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,10 @@ def test_every_visit_has_a_model_that_fits() -> None:
         choose_models(mixed, [reads], None)
     with pytest.raises(ScenarioError, match="chat needs 'other' as such a model"):
         choose_models(BUILTIN["chat"], [reads, attends], "other")
+
+
+def test_the_guides_scenario_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "loadtest.md").read_text()
+    path = tmp_path / "mine.toml"
+    path.write_text(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    assert [visit.kind for visit in load_scenario(str(path)).visits] == ["chat", "steps"]

@@ -1,5 +1,7 @@
 """What the environment says, and what is said of a bad value."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -107,3 +109,11 @@ def test_a_tenants_quota_is_the_common_one_with_its_own_put_in() -> None:
 @pytest.mark.parametrize(("text", "share"), [("25%", 0.25), ("12.5 %", 0.125), ("4GiB", None), ("500000000", None)])
 def test_a_share_of_memory_is_known_as_one(text: str, share: float | None) -> None:
     assert Settings(kv_memory=text).kv_share == share
+
+
+def test_the_quotas_of_the_guide_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
+    lines = re.findall(r"^KEYPAST_\w+=.+$", page, re.MULTILINE)
+    settings = read_settings(dict(shlex.split(line)[0].split("=", 1) for line in lines))
+    assert settings.quota == Quota(sessions=100, positions_per_minute=60000)
+    assert set(settings.tenant_quotas) == {"alice", "bob"}
