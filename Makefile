@@ -89,9 +89,10 @@ $(BIN)/pip:
 	@echo "making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
+# The one long download is shown where somebody looks on.
 $(VENV)/.torch: constraints.txt | $(BIN)/pip
 	@echo "installing torch (once; about 200 MB for the CPU)"
-	@$(PIP) install -c constraints.txt $(TORCH)
+	@$(if $(MAKE_TERMOUT),$(subst --quiet,,$(PIP)),$(PIP)) install -c constraints.txt $(TORCH)
 	@touch $@
 
 $(VENV)/.server: pyproject.toml constraints.txt $(wildcard engine/kernels/*.cpp engine/kernels/*.h) | $(VENV)/.torch

@@ -157,6 +157,13 @@ def wait(process: subprocess.Popen[str], what: str) -> None:
         raise KernelUnavailable(f"{what} failed: {errors[0].strip()}")
 
 
+def _tell(message: str) -> None:
+    """One line that is written over, for whoever looks on."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{message}")
+        sys.stderr.flush()
+
+
 def main(argv: list[str] | None = None) -> None:
     """`python -m engine.kernels.build`: builds ahead of the first start."""
     parser = argparse.ArgumentParser(description="Build the CPU kernels.")
@@ -164,9 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compiler", default="g++")
     arguments = parser.parse_args(argv)
     try:
-        loaded = load(arguments.cache, arguments.compiler)
+        loaded = load(arguments.cache, arguments.compiler, _tell)
     except KernelUnavailable as error:
+        _tell("")
         sys.exit(f"kernels unavailable: {error}")
+    _tell("")
     made = f"built in {loaded.seconds:.0f} s" if loaded.seconds else "already built"
     sys.stdout.write(f"kernels {made}: {loaded.library} ({loaded.isa} on this machine)\n")
 
