@@ -9,8 +9,8 @@ Rows that a recording has too many have no past and no present; their keys and v
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,12 +34,8 @@ class Computed:
     view: PagedView
     logits: Tensor | None = None
 
-    def first(self, rows: int) -> Self:
-        return replace(self, hidden=self.hidden[:rows], logits=None if self.logits is None else self.logits[:rows])
-
-    def tensors(self) -> list[Tensor]:
-        made = [getattr(self, each.name) for each in fields(self)]
-        return [each for each in made if isinstance(each, Tensor)]
+    def first(self, rows: int) -> "Computed":
+        return Computed(self.hidden[:rows], self.view, None if self.logits is None else self.logits[:rows])
 
 
 class GraphDevice(Protocol):
@@ -68,10 +64,12 @@ class GraphDevice(Protocol):
 
 class CudaGraphs:
     """Over torch's CUDA graphs, on the current device. All recordings share one pool of memory: one is played at a
-    time, and what it made is read before the next."""
+    time, and what it made is read before the next. They share a stream, too: the libraries keep a workspace of tens of
+    MiB for each that they have worked on."""
 
     def __init__(self) -> None:
         self._memory: Any = None
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._read = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def host_buffer(self, size: int) -> Tensor:
@@ -88,14 +86,14 @@ class CudaGraphs:
         self._read.synchronize()
 
     def record(self, run: Callable[[], Computed]) -> tuple[Callable[[], None], Computed]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):  # kernels are compiled and libraries choose theirs, which no recording can do
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Only of this thread: a model that is served already may work on another one meanwhile.
+        with torch.cuda.graph(graph, self._memory, self._stream, capture_error_mode="thread_local"):
             made = run()
         self._memory = self._memory or graph.pool()
         return graph.replay, made
@@ -136,6 +134,8 @@ class StepGraphs:
         self._host, self._buffer = device.host_buffer(size), device.buffer(size)
         self._query_start = device.buffer(max_rows + 1)
         self._query_start.copy_(torch.arange(max_rows + 1, dtype=torch.int32))
+        self._most = max_rows
+        self._made: dict[tuple[str, int], Tensor] = {}  # (max_rows, width) by name and width
         self._recorded: dict[tuple[int, int], tuple[Callable[[], None], Computed]] = {}
         for done, pair in enumerate(sorted(pairs, key=lambda pair: -_size(*pair)), 1):
             self._recorded[pair] = device.record(lambda pair=pair: self._run(*pair))  # type: ignore[misc]
@@ -177,7 +177,17 @@ class StepGraphs:
             causal=True,
             steps=True,
         )
-        return self._forward(tokens.long(), inputs)
+        made = self._forward(tokens.long(), inputs)
+        logits = None if made.logits is None else self._kept("logits", made.logits)
+        return Computed(self._kept("hidden", made.hidden), made.view, logits)
+
+    def _kept(self, name: str, made: Tensor) -> Tensor:
+        """(R, width), in a buffer that all recordings share. What each makes would else have its own room for good, and
+        the logits of a large vocabulary take half a MiB a row. The first run, which is not recorded yet, makes it."""
+        key = name, made.shape[1]
+        if key not in self._made:
+            self._made[key] = made.new_empty(self._most, made.shape[1])
+        return self._made[key][: len(made)].copy_(made)
 
 
 def _aligned(rows: int) -> int:

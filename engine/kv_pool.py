@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.specs import KVSpec
+from engine.upload import to_device
 
 
 class KVPool:
@@ -36,13 +37,13 @@ class KVPool:
         """Copies whole blocks, (from, to), in every layer."""
         if not pairs:
             return
-        source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
+        source, target = to_device(torch.tensor(pairs), self.k.device).unbind(1)
         self.k[:, target] = self.k[:, source]
         self.v[:, target] = self.v[:, source]
 
     def zero(self, blocks: Sequence[int]) -> None:
         """Whole blocks, in every layer."""
-        index = torch.tensor(blocks, device=self.k.device)
+        index = to_device(torch.tensor(blocks), self.k.device)
         self.k.index_fill_(1, index, 0)
         self.v.index_fill_(1, index, 0)
 

@@ -1,7 +1,10 @@
 """From a model's spec to a runner: the model, a backend that can run here, and a pool of the memory it is given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+
+import torch
 
 from engine.attention import choose
 from engine.attention.base import Backend
@@ -60,14 +63,16 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     options = replace(options, kernels=isinstance(backend, CpuBackend))
     if options.exact:
         _check_exact(options)
-    loaded = build(name, spec, options, progress)
+    with _room("model", f"{name} does not fit into the device's memory; use a smaller one, or model_parallel"):
+        loaded = build(name, spec, options, progress)
     model_spec = loaded.model.spec
     gpu = options.gpu
     if gpu is None and model_spec.device != "cpu":
         gpu = CudaGpu()
     memory = options.kv_memory
     if gpu is not None and options.kv_share is not None and options.parallel is None:
-        memory = _left(loaded.model, backend, gpu, options, options.kv_share)
+        with _room("max_rows", f"a batch of {name} does not fit beside its weights; lower it, or token_budget"):
+            memory = _left(loaded.model, backend, gpu, options, options.kv_share)
         progress(f"{name}: {memory / (1 << 30):.1f} GiB for keys and values")
     block_bytes = model_spec.kv.position_bytes * options.block_size
     if options.parallel is not None and model_spec.device != "cpu":
@@ -75,10 +80,20 @@ def load_model(name: str, spec: str, options: LoadOptions, progress: Progress) -
     blocks = memory // block_bytes
     if blocks < 1:
         raise InvalidInput("kv_memory", f"{memory} bytes hold no block of {name}, which takes {block_bytes}")
-    runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size, options.parallel, options.together)
-    if gpu is not None and options.graphs and backend.recordable:
-        runner.record_steps(gpu.graphs(), options.max_rows, lambda text: progress(f"{name}: {text}"))
+    with _room("kv_memory", f"{memory} bytes do not fit beside the weights of {name} and its recorded steps; lower it"):
+        runner = ModelRunner(loaded.model, backend, blocks + 1, options.block_size, options.parallel, options.together)
+        if gpu is not None and options.graphs and backend.recordable:
+            runner.record_steps(gpu.graphs(), options.max_rows, lambda text: progress(f"{name}: {text}"))
     return LoadedModel(runner, loaded.tokenizer, loaded.end_ids)
+
+
+@contextmanager
+def _room(field: str, fix: str) -> Iterator[None]:
+    """Raises InvalidInput about `field` where the device has too little memory for the body."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InvalidInput(field, fix) from error
 
 
 def _left(model: Model, backend: Backend, gpu: Gpu, options: LoadOptions, share: float) -> int:

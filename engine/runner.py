@@ -14,14 +14,16 @@ from torch import Tensor
 from engine.attention.base import AttentionInputs, Backend
 from engine.attention.mask import ragged_bias
 from engine.attention.view import PagedView
-from engine.batch import Array, Batch, Row, RowResult
+from engine.batch import Array, Batch, Row, RowResult, Sample
 from engine.blocks import NULL_BLOCK, blocks_for
 from engine.errors import DeviceFull
 from engine.graphs import Computed, GraphDevice, StepGraphs
 from engine.kv_pool import KVPool
 from engine.models.base import Model
 from engine.parallel import Parallel
+from engine.sampling import draw_together
 from engine.specs import ModelSpec, TensorSpec
+from engine.upload import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class ModelRunner:
             with self._together("execute", plan):
                 computed = self._execute(plan)
             return self._outputs(batch, computed)
-        raise DeviceFull  # out here, with no trace of that error, which would hold what the pass had made
+        raise _full()  # out here, with no trace of that error, which would hold what the pass had made
 
     def plan(self, batch: Batch) -> Plan:
         computed = [row for row in batch.rows if row.count or row.queries or row.replay]
@@ -100,8 +102,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def rehearse(self, rows: int, each: int) -> None:
-        """A pass of so many rows of `each` new positions, logits of each row's last and the widest tables: for what it
-        takes of the device. Only the null block is written."""
+        """A pass of so many rows of `each` new positions over the widest tables, and a draw of each row's next token:
+        for what it takes of the device. Only the null block is written."""
         width = blocks_for(self.spec.max_length, self._block_size)
         attention: dict[str, Array] = {
             "query_start": np.arange(rows + 1, dtype=np.int32) * np.int32(each),
@@ -115,7 +117,10 @@ class ModelRunner:
         shapes = {tensor.name: (rows * each, *map(int, tensor.trailing)) for tensor in asked}
         inputs = {tensor.name: np.zeros(shapes[tensor.name], tensor.dtypes[0]) for tensor in asked}
         made = self.execute(Plan([], attention, inputs, need_weights=False, steps=each == 1))
-        self.model.logits(made.hidden[:rows], made.view)
+        logits = self.model.logits(made.hidden[:rows], made.view)
+        if logits is not None:  # drawn from beside those that recorded steps keep
+            sample = Sample(temperature=1.0, top_p=0.9)
+            draw_together(logits.clone(), [sample] * rows, [None] * rows, [(0, 0)] * rows)
 
     @torch.inference_mode()
     def record_steps(self, device: GraphDevice, max_rows: int, progress: Callable[[str], None]) -> None:
@@ -162,17 +167,22 @@ class ModelRunner:
         return self.model.outputs(made.hidden, batch.rows, self._starts(batch.rows), made.view, made.logits)
 
     def read_past(self, tables: list[list[int]], lengths: list[int]) -> dict[str, Array]:
-        """Keys and values as `ModelSpec.past_tensors` has them; T is the longest length."""
-        with self._together("read_past", tables, lengths) as shares:
-            own = self._read_past(tables, lengths)
-        if not shares:
-            return own
-        return {name: np.concatenate([array, *(share[name] for share in shares)], 1) for name, array in own.items()}
+        """Keys and values as `ModelSpec.past_tensors` has them; T is the longest length. Raises DeviceFull."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            with self._together("read_past", tables, lengths) as shares:
+                own = self._read_past(tables, lengths)
+            if not shares:
+                return own
+            return {name: np.concatenate([array, *(share[name] for share in shares)], 1) for name, array in own.items()}
+        raise _full()
 
     def write_past(self, tables: list[list[int]], lengths: list[int], arrays: dict[str, Array]) -> None:
-        """The inverse of `read_past`; more slots than the longest length are ignored."""
-        with self._together("write_past", tables, lengths, arrays):
-            self._write_past(tables, lengths, arrays)
+        """The inverse of `read_past`; more slots than the longest length are ignored. Raises DeviceFull."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            with self._together("write_past", tables, lengths, arrays):
+                self._write_past(tables, lengths, arrays)
+            return
+        raise _full()
 
     @torch.inference_mode()
     def zero(self, blocks: list[int]) -> None:
@@ -305,7 +315,13 @@ class ModelRunner:
 
     def _tensor(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
-        return tensor if self.spec.device == "cpu" else tensor.to(self.spec.device)
+        return to_device(tensor, self.spec.device)
+
+
+def _full() -> DeviceFull:
+    """What the failed pass has left in torch's cache, cut to its own sizes, goes back to the device."""
+    torch.cuda.empty_cache()
+    return DeviceFull()
 
 
 def _are_plain(rows: list[Row]) -> bool:

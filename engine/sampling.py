@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import Sample
+from engine.upload import to_device
 
 SPREAD = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: neighbouring (seed, row, position) give unrelated streams
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))  # splitmix64's shifts and factors
@@ -34,8 +35,8 @@ def draw_together(
         rows = zip(logits, samples, histories, strict=True)
         logits = torch.stack([x if seen is None else _penalise(x, seen, s.repetition_penalty) for x, s, seen in rows])
     settings = torch.tensor([(s.temperature, s.top_k, s.top_p, s.min_p) for s in samples], dtype=torch.float32)
-    mixed = [_mix(sample.seed, *key) for sample, key in zip(samples, keys, strict=True)]
-    settings, seeds = settings.to(logits.device), torch.tensor(mixed).to(logits.device)
+    mixed = torch.tensor([_mix(sample.seed, *key) for sample, key in zip(samples, keys, strict=True)])
+    settings, seeds = to_device(settings, logits.device), to_device(mixed, logits.device)
     truncates = any(sample.top_k or sample.top_p < 1 for sample in samples)
     parts = zip(logits.split(TOGETHER), settings.split(TOGETHER), seeds.split(TOGETHER), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([_draw_some(*part, truncates) for part in parts])
@@ -43,7 +44,7 @@ def draw_together(
 
 def _draw_some(logits: Tensor, settings: Tensor, seeds: Tensor, truncates: bool) -> Tensor:
     """logits (R, V), settings (R, 4), seeds (R,) -> (R,)"""
-    temperature, top_k, top_p, min_p = settings[:, :, None].unbind(1)  # (R, 1) each
+    temperature, top_k, top_p, min_p = settings.unsqueeze(2).unbind(1)  # (R, 1) each
     likeliest, best = logits.max(-1, keepdim=True)
     scaled = (logits - likeliest) / torch.where(temperature > 0, temperature, 1.0)
     probabilities = torch.softmax(scaled, -1)
@@ -57,12 +58,12 @@ def _draw_some(logits: Tensor, settings: Tensor, seeds: Tensor, truncates: bool)
         inside = first & ((top_p >= 1) | (before < top_p * total))
         kept = kept * torch.zeros_like(inside).scatter(-1, order, inside)
     drawn = (kept / _exponential(seeds, logits.shape[1])).argmax(-1, keepdim=True)
-    return torch.where(temperature > 0, drawn, best)[:, 0]
+    return torch.where(temperature > 0, drawn, best).squeeze(1)
 
 
 def _exponential(seeds: Tensor, size: int) -> Tensor:
     """float64 (R, size), Exp(1): splitmix64 (Steele et al. 2014) of a counter, a stream a seed."""
-    x = seeds[:, None] + torch.arange(1, size + 1, device=seeds.device) * _signed(SPREAD)
+    x = seeds.unsqueeze(1) + torch.arange(1, size + 1, device=seeds.device) * _signed(SPREAD)
     for shift, factor in _ROUNDS:
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     uniform = (((x >> 12) & ((1 << 52) - 1)).double() + 0.5) / (1 << 52)  # never 0, never 1
@@ -107,8 +108,8 @@ def _truncate(probabilities: Tensor, sample: Sample) -> Tensor:
 
 def _penalise(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
     """Ids of the history: positive logits divided, negative multiplied (Keskar et al. 2019, CTRL)."""
-    seen = torch.unique(history).to(logits.device)
-    values = logits[seen]
+    seen = to_device(torch.unique(history), logits.device)
+    values = logits.gather(-1, seen)
     return logits.scatter(-1, seen, torch.where(values > 0, values / penalty, values * penalty))
 
 

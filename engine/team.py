@@ -279,6 +279,7 @@ def _join(rank: int, ranks: int, store: str, device: str, seconds: float) -> Par
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=seconds),
+            device_id=torch.device("cuda", rank) if device == "cuda" else None,  # they connect now, not in a pass
         )
         return Parallel.grid(1, ranks, device)
     except RuntimeError as error:

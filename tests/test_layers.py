@@ -18,7 +18,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine.store engine.scheduler engine.gather engine.serving engine.tenants engine.replay": ("L2", "L0 L1"),
     "engine.kv_pool engine.attention engine.layers engine.models engine.checkpoints engine.kernels engine.text"
-    " engine.chat engine.sampling engine.compat engine.parallel engine.graphs engine.gpu engine.packing": (
+    " engine.chat engine.sampling engine.compat engine.parallel engine.graphs engine.gpu engine.packing"
+    " engine.upload": (
         "L3",
         "L0 L1",
     ),

@@ -16,15 +16,16 @@ class TritonUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the kernels cut their work. `split` and `tile`, both in keys, decide the bits of a result; the rest does not.
+    """How the kernels cut their work, whatever the batch.
 
-    `split`: keys of one partial result, a multiple of `tile`. `lanes`: pairs of a query and a head in one program of a
-    prefill. `warps` and `stages` of a step's programs and of a prefill's.
+    `split`: keys of one partial result, a multiple of `tile`, which is in keys, too. `lanes`: pairs of a query and a
+    head in one program of a prefill, half as many under a mask. `warps` and `stages` of a step's programs and of a
+    prefill's; heads too wide for the shared memory of a small GPU get fewer stages and lanes.
     """
 
     split: int = 512
     tile: int = 64
-    lanes: int = 64
+    lanes: int = 128
     warps: int = 4
     stages: int = 3
     prefill_warps: int = 8
@@ -98,13 +99,13 @@ class TritonBackend:
         counts, columns = inputs.query_start.diff().long(), inputs.present_length.long() + extras
         starts = torch.zeros(len(counts) + 1, dtype=torch.int64, device=q.device)
         torch.cumsum(q.shape[1] * counts * columns, 0, out=starts[1:])
-        shapes, sizes = list(zip(counts.tolist(), columns.tolist(), strict=True)), starts.diff().tolist()
+        queries, widths, sizes = torch.stack([counts, columns, starts.diff()]).tolist()  # the host waits here, once
         out = torch.empty(sum(sizes), dtype=torch.float32, device=q.device)
         if len(out):
             self._probabilities(out, starts, _Arguments(q, k_blocks, k_blocks, inputs, scoring, dot))
         return [
             part.view(q.shape[1], count, width)
-            for part, (count, width) in zip(torch.split(out, sizes), shapes, strict=True)
+            for part, count, width in zip(torch.split(out, sizes), queries, widths, strict=True)
         ]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -237,9 +238,8 @@ class TritonBackend:
             BLOCK_M=max(16, _power(given.group)),
             BLOCK_N=self.tuning.tile,
             SPLIT=self.tuning.split,
-            HAS_EXTRAS=given.extras > 0,
             num_warps=self.tuning.warps,
-            num_stages=self.tuning.stages,
+            num_stages=self.tuning.stages if given.line_bytes <= 2 * WIDE else 1,
         )
         self._kernels.merge_splits[(rows, heads)](
             out,
@@ -257,8 +257,13 @@ class TritonBackend:
         )
 
     def _lanes(self, given: "_Arguments") -> int:
-        """Of a prefill's program; float32 products take so many registers that there can be but few."""
-        return max(16 if given.dot == torch.float32 else self.tuning.lanes, _power(given.group))
+        """Of a prefill's program. Masks and wide heads take registers; products in float32 leave few of them."""
+        lanes = 16 if given.dot == torch.float32 else self.tuning.lanes
+        if given.line_bytes > WIDE:
+            lanes //= 4
+        elif given.inputs.bias is not None:
+            lanes //= 2
+        return max(16, lanes, _power(given.group))
 
     def _prefill(self, out: Tensor, given: "_Arguments") -> None:
         lanes = self._lanes(given)
@@ -278,9 +283,8 @@ class TritonBackend:
             BLOCK_M=lanes,
             BLOCK_N=self.tuning.tile,
             SPLIT=self.tuning.split,
-            HAS_EXTRAS=given.extras > 0,
             num_warps=self.tuning.prefill_warps,
-            num_stages=self.tuning.prefill_stages,
+            num_stages=self.tuning.prefill_stages if given.line_bytes <= WIDE else 1,
         )
 
     def _probabilities(self, out: Tensor, starts: Tensor, given: "_Arguments") -> None:
@@ -319,14 +323,14 @@ class _Arguments:
         self.q, self.k_blocks, self.v_blocks, self.inputs, self.dot = q, k_blocks, v_blocks, inputs, dot
         self.kv_heads, self.block_size = k_blocks.shape[1], k_blocks.shape[3]
         self.group = q.shape[1] // self.kv_heads
-        self.extras = 0 if scoring.extra_k is None else scoring.extra_k.shape[0]
+        self.line_bytes = _power(q.shape[2]) * dot.itemsize  # of a key, as products take it
         self.rows = (inputs.query_start, inputs.past_length, inputs.present_length, inputs.block_table)
         bias = (inputs.query_start, inputs.query_start) if inputs.bias is None else (inputs.bias, inputs.bias_start)
         extra_k = inputs.query_start if scoring.extra_k is None else scoring.extra_k.float()
         extra_v = inputs.query_start if scoring.extra_v is None else scoring.extra_v.float()
         self.optional = bias, extra_k, extra_v
         scale = scoring.scale * LOG2E
-        self.numbers = (*q.stride()[:2], inputs.block_table.stride(0), self.extras, scale)
+        self.numbers = (*q.stride()[:2], inputs.block_table.stride(0), scale)
         self.constants: dict[str, Any] = {
             "KV_HEADS": self.kv_heads,
             "GROUP": self.group,
@@ -337,6 +341,7 @@ class _Arguments:
             "K_CHANNEL": k_blocks.stride(2),
             "CAUSAL": inputs.causal,
             "HAS_BIAS": inputs.bias is not None,
+            "EXTRAS": 0 if scoring.extra_k is None else scoring.extra_k.shape[0],
             "DOT": _triton_dtype(dot),
         }
 
@@ -346,6 +351,7 @@ class _Arguments:
 
 
 LOG2E = 1.4426950408889634
+WIDE = 256  # bytes of a head's channels, 128 of them in 16 bits: with more, tiles and stages would not fit everywhere
 
 
 def _supported(q: Tensor, scoring: Scoring) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor
 from engine.attention.base import AttentionInputs, Backend, Rotary, Scoring
 from engine.attention.cuda import TritonBackend
 
+HEAD_DIMS = (64, 128, 256)  # that it has kernels for
+TENSOR_CORES = 4  # query heads a kv head from which its tensor cores are the faster way, as its documentation has it
 WORKSPACE = 128 << 20  # bytes, as its documentation wants them; zeroed
 MARGIN = 0.9  # another backend is chosen for a step's attention in at most this share of the first one's time
 
@@ -55,7 +57,9 @@ class FlashInferBackend(TritonBackend):
     def _plan(self, q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, scoring: Scoring) -> None:
         if self._wrapper is None:
             workspace = torch.zeros(WORKSPACE, dtype=torch.uint8, device=q.device)
-            self._wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
+            together = q.shape[1] >= TENSOR_CORES * k_blocks.shape[1]
+            wrapper = self._library.BatchDecodeWithPagedKVCacheWrapper
+            self._wrapper = wrapper(workspace, "HND", use_tensor_cores=together)
         kv_heads, head_dim, size = k_blocks.shape[1:]
         used = (inputs.present_length + (size - 1)) // size
         starts = torch.zeros(len(used) + 1, dtype=torch.int32, device=q.device)
@@ -105,6 +109,7 @@ def _takes(q: Tensor, k_blocks: Tensor, inputs: AttentionInputs, scoring: Scorin
         and plain
         and half
         and k_blocks.stride(2) == 1
+        and q.shape[2] in HEAD_DIMS
         and len(q) > 0
         and (scoring.softmax_dtype == torch.float32)
     )

@@ -1,4 +1,4 @@
-"""How long a backend takes for a step's attention on the GPU that there is."""
+"""Whether a backend runs on the GPU that there is, and how long it takes for a step's attention."""
 
 import torch
 
@@ -8,6 +8,14 @@ from engine.specs import KVSpec
 
 ROWS, CONTEXT, HEADS, KV_HEADS, DIM, BLOCK = 32, 4096, 32, 8, 128, 16
 TIMES = 10
+
+
+def try_out(backend: Backend, device: str) -> None:
+    """Raises whatever one small kernel raises there."""
+    ones = torch.ones(1, 16, device=device)
+    normed, _ = backend.rms_norm(ones, ones[0], 0.0)
+    if not torch.equal(normed, ones):
+        raise RuntimeError(f"the norm of ones is {normed.tolist()}")
 
 
 @torch.inference_mode()

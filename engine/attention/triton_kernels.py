@@ -4,7 +4,10 @@ One arithmetic serves steps and prefills. Keys are read in tiles at absolute pos
 positions too, make one partial result (top, total, acc): the largest score, the sum of 2^(score - top), and the values
 so weighed. Partials are merged in order. A step spreads its splits over programs and merges afterwards, a prefill
 merges as it goes. A tile or a split of which a query sees nothing changes none of its bits, so what a query gets
-depends on no other row, on no chunk boundary and on no table's width.
+depends on no other row, on no boundary between a prefill's chunks and on no table's width. Within a tile a step's
+program adds in another order than a prefill's: they use other instructions of the tensor cores.
+
+What differs from batch to batch is not specialised for: no kernel is compiled while sessions wait.
 
 Lanes: a program holds BLOCK_M lanes of one kv head; lane i is query i // GROUP, query head kv_head * GROUP + i % GROUP.
 Scores are in units of log2(e), so that exp2 serves. Nothing reads a length on the host.
@@ -74,7 +77,7 @@ def _rotated(x, positions, cos, sin, token, d, D: tl.constexpr, HALF: tl.constex
     return own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("width",))
 def decode(
     q,  # (T, heads, D)
     k_blocks,
@@ -85,7 +88,7 @@ def decode(
     table,  # int32 (R, W)
     bias,  # float32, flat
     bias_start,  # int64 (R + 1,)
-    extra_k,  # float32 (extras, kv_heads, D)
+    extra_k,  # float32 (EXTRAS, kv_heads, D)
     extra_v,
     tops,  # float32 (R, splits, heads)
     totals,
@@ -93,7 +96,6 @@ def decode(
     q_stride,
     q_head_stride,
     width,
-    extras,
     scale,  # in units of log2(e)
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -107,7 +109,7 @@ def decode(
     SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_EXTRAS: tl.constexpr,
+    EXTRAS: tl.constexpr,
     DOT: tl.constexpr,  # dtype of products
 ):
     """Program (r, h, s): split s of row r's only query, as a partial. Rows of another number of queries are passed."""
@@ -118,37 +120,26 @@ def decode(
         return
     if (split > 0) & (split * SPLIT >= present):
         return
-    lane, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mine = lane < GROUP
-    queries, limit, bias_at = _lanes(
-        q, first, 0, 1, past_length, present, bias_start, row, kv_head, lane, mine, d, q_stride, q_head_stride,
-        GROUP, D, CAUSAL, HAS_BIAS, DOT,
+    mine, queries, _, head, limit, line = _lanes(
+        q, bias, bias_start, past_length, present, row, first, 1, 0, kv_head, q_stride, q_head_stride,
+        BLOCK_M, GROUP, D, BLOCK_D, CAUSAL, HAS_BIAS, DOT,
     )  # fmt: skip
     top, total, acc = _partial(
-        queries, limit, bias + bias_at, k_blocks, v_blocks, table + row.to(tl.int64) * width, extra_k, extra_v, extras,
-        kv_head, split, tl.max(limit, 0), scale, d,
-        KV_HEADS, D, BLOCK_D, BLOCK_SIZE, K_KEY, K_CHANNEL, BLOCK_M, BLOCK_N, SPLIT, HAS_BIAS, HAS_EXTRAS,
+        queries, limit, line, k_blocks, v_blocks, table + row.to(tl.int64) * width, extra_k, extra_v, kv_head, split,
+        tl.max(limit, 0), scale, KV_HEADS, D, BLOCK_SIZE, BLOCK_N, K_KEY, K_CHANNEL, SPLIT, HAS_BIAS, EXTRAS,
     )  # fmt: skip
-    at = (row.to(tl.int64) * tl.num_programs(2) + split) * KV_HEADS * GROUP + kv_head * GROUP + lane
+    at, d = (row.to(tl.int64) * tl.num_programs(2) + split) * KV_HEADS * GROUP + head, tl.arange(0, BLOCK_D)
     tl.store(tops + at, top, mask=mine)
     tl.store(totals + at, total, mask=mine)
     tl.store(accs + at[:, None] * D + d[None, :], acc, mask=mine[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("splits",))
 def merge_splits(
     out,  # (T, heads, D) contiguous
-    query_start,
-    present_length,
-    tops,
-    totals,
-    accs,
-    splits,
-    heads,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    query_start, present_length, tops, totals, accs, splits, heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Program (r, h): the partials of row r's only query and query head h, merged in order."""
     row, head = tl.program_id(0), tl.program_id(1)
     first = tl.load(query_start + row)
@@ -167,56 +158,24 @@ def merge_splits(
     tl.store(out + at, _weighed(total, acc).to(out.dtype.element_ty), mask=(d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "width"))
 def prefill(
     out,  # (T, heads, D) contiguous
-    q,
-    k_blocks,
-    v_blocks,
-    query_start,
-    past_length,
-    present_length,
-    table,
-    bias,
-    bias_start,
-    extra_k,
-    extra_v,
-    rows,
-    q_stride,
-    q_head_stride,
-    width,
-    extras,
-    scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    K_KEY: tl.constexpr,
-    K_CHANNEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_EXTRAS: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    q, k_blocks, v_blocks, query_start, past_length, present_length, table, bias, bias_start, extra_k, extra_v, rows,
+    q_stride, q_head_stride, width, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    K_KEY: tl.constexpr, K_CHANNEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Program (i, h): the i-th tile of BLOCK_M // GROUP queries. Rows of one query are `decode`'s."""
-    QUERIES: tl.constexpr = BLOCK_M // GROUP
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    row = _row_of(query_start, tile, rows, QUERIES)
-    first = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - first
-    asked = (tile - first // QUERIES - row) * QUERIES  # the tile's first query in its row
+    kv_head = tl.program_id(1)
+    row, first, count, asked = _tile_of(query_start, tl.program_id(0), rows, BLOCK_M // GROUP)
     if (count == 1) | (asked >= count):
         return
     present = tl.load(present_length + row)
-    lane, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mine = (lane < QUERIES * GROUP) & (asked + lane // GROUP < count)
-    queries, limit, bias_at = _lanes(
-        q, first, asked, count, past_length, present, bias_start, row, kv_head, lane, mine, d, q_stride, q_head_stride,
-        GROUP, D, CAUSAL, HAS_BIAS, DOT,
+    mine, queries, query, head, limit, line = _lanes(
+        q, bias, bias_start, past_length, present, row, first, count, asked, kv_head, q_stride, q_head_stride,
+        BLOCK_M, GROUP, D, BLOCK_D, CAUSAL, HAS_BIAS, DOT,
     )  # fmt: skip
     end = tl.max(limit, 0)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -224,102 +183,68 @@ def prefill(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(tl.maximum(tl.cdiv(end, SPLIT), 1)):
         part_top, part_total, part = _partial(
-            queries, limit, bias + bias_at, k_blocks, v_blocks, table + row.to(tl.int64) * width, extra_k, extra_v,
-            extras, kv_head, split, end, scale, d,
-            KV_HEADS, D, BLOCK_D, BLOCK_SIZE, K_KEY, K_CHANNEL, BLOCK_M, BLOCK_N, SPLIT, HAS_BIAS, HAS_EXTRAS,
+            queries, limit, line, k_blocks, v_blocks, table + row.to(tl.int64) * width, extra_k, extra_v, kv_head,
+            split, end, scale, KV_HEADS, D, BLOCK_SIZE, BLOCK_N, K_KEY, K_CHANNEL, SPLIT, HAS_BIAS, EXTRAS,
         )  # fmt: skip
         top, total, acc = _merge(top, total, acc, part_top, part_total, part)
-    token = (first + asked + lane // GROUP).to(tl.int64)
-    at = (token * KV_HEADS * GROUP + kv_head * GROUP + lane % GROUP)[:, None] * D + d[None, :]
-    tl.store(out + at, _weighed(total, acc).to(out.dtype.element_ty), mask=mine[:, None] & (d < D)[None, :])
+    at, d = (first + query).to(tl.int64) * KV_HEADS * GROUP + head, tl.arange(0, BLOCK_D)
+    given = _weighed(total, acc).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] * D + d[None, :], given, mask=mine[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "width"))
 def probabilities(
-    out,  # float32, flat: each row's (heads, n_r, present_length[r] + extras), end to end
+    out,  # float32, flat: each row's (heads, n_r, present_length[r] + EXTRAS), end to end
     out_start,  # int64 (R + 1,)
-    q,
-    k_blocks,
-    query_start,
-    past_length,
-    present_length,
-    table,
-    bias,
-    bias_start,
-    extra_k,
-    rows,
-    q_stride,
-    q_head_stride,
-    width,
-    extras,
-    scale,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    K_KEY: tl.constexpr,
-    K_CHANNEL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DOT: tl.constexpr,
-):
+    q, k_blocks, query_start, past_length, present_length, table, bias, bias_start, extra_k, rows,
+    q_stride, q_head_stride, width, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    K_KEY: tl.constexpr, K_CHANNEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Program (i, h), as in `prefill` but for every row: once over the keys for top and total, once more to write."""
-    QUERIES: tl.constexpr = BLOCK_M // GROUP
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
-    row = _row_of(query_start, tile, rows, QUERIES)
-    first = tl.load(query_start + row)
-    count = tl.load(query_start + row + 1) - first
-    asked = (tile - first // QUERIES - row) * QUERIES
+    kv_head = tl.program_id(1)
+    row, first, count, asked = _tile_of(query_start, tl.program_id(0), rows, BLOCK_M // GROUP)
     if asked >= count:
         return
     present = tl.load(present_length + row)
-    lane, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    mine = (lane < QUERIES * GROUP) & (asked + lane // GROUP < count)
-    queries, limit, bias_at = _lanes(
-        q, first, asked, count, past_length, present, bias_start, row, kv_head, lane, mine, d, q_stride, q_head_stride,
-        GROUP, D, CAUSAL, HAS_BIAS, DOT,
+    mine, queries, query, head, limit, line = _lanes(
+        q, bias, bias_start, past_length, present, row, first, count, asked, kv_head, q_stride, q_head_stride,
+        BLOCK_M, GROUP, D, BLOCK_D, CAUSAL, HAS_BIAS, DOT,
     )  # fmt: skip
     table += row.to(tl.int64) * width
-    lines, end = bias + bias_at, tl.max(limit, 0)
+    end = tl.max(limit, 0)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, present, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        at = _offsets(table, n, end, kv_head, KV_HEADS, D, BLOCK_SIZE)
-        score = _scores(
-            queries, limit, lines, k_blocks, at, n, end, scale, d, D, BLOCK_SIZE, K_KEY, K_CHANNEL, HAS_BIAS
-        )
-        new_top = tl.maximum(top, tl.max(score, 1))
-        total = total * tl.exp2(top - _finite(new_top)) + tl.sum(tl.exp2(score - _finite(new_top)[:, None]), 1)
-        top = new_top
-    for e in range(extras):
-        score = _extra_score(queries, extra_k, e, kv_head, scale, d, KV_HEADS, D)
-        new_top = tl.maximum(top, score)
-        total = total * tl.exp2(top - new_top) + tl.exp2(score - new_top)
-        top = new_top
+    for start in range(0, end, BLOCK_N):
+        score, _at = _scores(
+            queries, limit, line, k_blocks, table, start, end, kv_head, scale,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, K_KEY, K_CHANNEL, HAS_BIAS,
+        )  # fmt: skip
+        top, total, _fading, _weight = _grown(top, total, score)
+    for e in tl.static_range(EXTRAS):
+        own = _extra_score(queries, extra_k, e, kv_head, scale, KV_HEADS, D)
+        top, total, _its_fading, _its_weight = _grown(top, total, own[:, None])
     each = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)
-    columns = present + extras
-    head = kv_head * GROUP + lane % GROUP
-    line = out + tl.load(out_start + row) + (head.to(tl.int64) * count + asked + lane // GROUP) * columns
+    columns = present + EXTRAS
+    target = out + tl.load(out_start + row) + (head.to(tl.int64) * count + query) * columns
     for start in range(0, present, BLOCK_N):
+        score, _at = _scores(
+            queries, limit, line, k_blocks, table, start, end, kv_head, scale,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, K_KEY, K_CHANNEL, HAS_BIAS,
+        )  # fmt: skip
         n = start + tl.arange(0, BLOCK_N)
-        at = _offsets(table, n, end, kv_head, KV_HEADS, D, BLOCK_SIZE)
-        score = _scores(
-            queries, limit, lines, k_blocks, at, n, end, scale, d, D, BLOCK_SIZE, K_KEY, K_CHANNEL, HAS_BIAS
-        )
         weight = tl.exp2(score - _finite(top)[:, None]) * each[:, None]
-        tl.store(line[:, None] + n[None, :], weight, mask=mine[:, None] & (n < present)[None, :])
-    for e in range(extras):
-        score = _extra_score(queries, extra_k, e, kv_head, scale, d, KV_HEADS, D)
-        tl.store(line + present + e, tl.exp2(score - _finite(top)) * each, mask=mine)
+        tl.store(target[:, None] + n[None, :], weight, mask=mine[:, None] & (n < present)[None, :])
+    for e in tl.static_range(EXTRAS):
+        own = _extra_score(queries, extra_k, e, kv_head, scale, KV_HEADS, D)
+        tl.store(target + present + e, tl.exp2(own - _finite(top)) * each, mask=mine)
 
 
 @triton.jit
-def _row_of(query_start, tile, rows, QUERIES: tl.constexpr):
-    """The row that a tile belongs to: row r's tiles begin at query_start[r] // QUERIES + r, which leaves enough."""
+def _tile_of(query_start, tile, rows, QUERIES: tl.constexpr):
+    """A tile's row, that row's first query, how many it has, and which of them the tile begins with: row r's tiles
+    begin at query_start[r] // QUERIES + r, which leaves enough."""
     low, high = 0, rows
     while low < high:
         middle = (low + high) // 2
@@ -327,90 +252,99 @@ def _row_of(query_start, tile, rows, QUERIES: tl.constexpr):
             low = middle + 1
         else:
             high = middle
-    return low - 1
+    row = low - 1
+    first = tl.load(query_start + row)
+    return row, first, tl.load(query_start + row + 1) - first, (tile - first // QUERIES - row) * QUERIES
 
 
 @triton.jit
 def _lanes(
-    q, first, asked, count, past_length, present, bias_start, row, kv_head, lane, mine, d, q_stride, q_head_stride,
-    GROUP: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr,
+    q, bias, bias_start, past_length, present, row, first, count, asked, kv_head, q_stride, q_head_stride,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Of each lane: its query (BLOCK_M, BLOCK_D), how many keys it sees at most, where its line of the bias begins."""
-    query = asked + lane // GROUP
-    token = (first + query).to(tl.int64)
-    at = token * q_stride + (kv_head * GROUP + lane % GROUP) * q_head_stride
-    queries = (
-        tl.load(q + at[:, None] + d[None, :], mask=mine[:, None] & (d < D)[None, :], other=0.0).to(tl.float32).to(DOT)
-    )
+    """Of each lane: whether it has a query, that query (BLOCK_M, BLOCK_D), its number in the row and its head, how many
+    keys it sees at most, and where its line of the bias begins."""
+    lane, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    query, head = asked + lane // GROUP, kv_head * GROUP + lane % GROUP
+    mine = (lane < BLOCK_M // GROUP * GROUP) & (query < count)
+    at = (first + query).to(tl.int64) * q_stride + head * q_head_stride
+    queries = tl.load(q + at[:, None] + d[None, :], mask=mine[:, None] & (d < D)[None, :], other=0.0)
     limit = present + tl.zeros_like(lane)
     if CAUSAL:
         limit = tl.minimum(limit, tl.load(past_length + row) + query + 1)
-    limit = tl.where(mine, limit, 0)
-    bias_at = query.to(tl.int64) * present
+    line = query.to(tl.int64) * present
     if HAS_BIAS:
-        bias_at += tl.load(bias_start + row)
-    return queries, limit, bias_at
+        line += tl.load(bias_start + row)
+    return mine, queries.to(tl.float32).to(DOT), query, head, tl.where(mine, limit, 0), bias + line
 
 
 @triton.jit
 def _partial(
-    queries, limit, bias, k_blocks, v_blocks, table, extra_k, extra_v, extras, kv_head, split, end, scale, d,
-    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_KEY: tl.constexpr,
-    K_CHANNEL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_EXTRAS: tl.constexpr,
+    queries, limit, line, k_blocks, v_blocks, table, extra_k, extra_v, kv_head, split, end, scale,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, K_KEY: tl.constexpr,
+    K_CHANNEL: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """(top, total, acc) of the split's keys before `end`. The layer's own keys come first in split 0."""
+    BLOCK_M: tl.constexpr = queries.shape[0]
+    BLOCK_D: tl.constexpr = queries.shape[1]
+    d = tl.arange(0, BLOCK_D)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_EXTRAS:
-        for e in range(tl.where(split == 0, extras, 0)):
-            score = _extra_score(queries, extra_k, e, kv_head, scale, d, KV_HEADS, D)
+    if EXTRAS > 0:
+        for e in range(tl.where(split == 0, EXTRAS, 0)):
+            score = _extra_score(queries, extra_k, e, kv_head, scale, KV_HEADS, D)
             value = tl.load(extra_v + (e * KV_HEADS + kv_head) * D + d, mask=d < D, other=0.0)
             ones = tl.full([BLOCK_M], 1.0, tl.float32)
             top, total, acc = _merge(top, total, acc, score, ones, ones[:, None] * value[None, :])
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, end), BLOCK_N):
+        score, at = _scores(
+            queries, limit, line, k_blocks, table, start, end, kv_head, scale,
+            KV_HEADS, D, BLOCK_SIZE, BLOCK_N, K_KEY, K_CHANNEL, HAS_BIAS,
+        )  # fmt: skip
+        top, total, fading, weight = _grown(top, total, score)
         n = start + tl.arange(0, BLOCK_N)
-        at = _offsets(table, n, end, kv_head, KV_HEADS, D, BLOCK_SIZE)
-        score = _scores(queries, limit, bias, k_blocks, at, n, end, scale, d, D, BLOCK_SIZE, K_KEY, K_CHANNEL, HAS_BIAS)
-        new_top = tl.maximum(top, tl.max(score, 1))
-        fading = tl.exp2(top - _finite(new_top))
-        weight = tl.exp2(score - _finite(new_top)[:, None])
-        total = total * fading + tl.sum(weight, 1)
         values = v_blocks + (at + n % BLOCK_SIZE * D)[:, None] + d[None, :]
         value = tl.load(values, mask=(n < end)[:, None] & (d < D)[None, :], other=0.0).to(queries.dtype)
         acc = acc * fading[:, None] + tl.dot(weight.to(queries.dtype), value, input_precision="ieee")
-        top = new_top
     return top, total, acc
 
 
 @triton.jit
-def _offsets(table, n, end, kv_head, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Where each key's block begins for this head, in the pool of keys as in that of values."""
-    block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-    return (block * KV_HEADS + kv_head) * D * BLOCK_SIZE
-
-
-@triton.jit
 def _scores(
-    queries, limit, bias, k_blocks, at, n, end, scale, d,
-    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_KEY: tl.constexpr,
+    queries, limit, line, k_blocks, table, start, end, kv_head, scale,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, K_KEY: tl.constexpr,
     K_CHANNEL: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """float32 (BLOCK_M, BLOCK_N); -inf where a lane does not see the key, whatever its slot holds."""
+    """float32 (BLOCK_M, BLOCK_N) of the keys from `start`; -inf where a lane does not see the key, whatever its slot
+    holds. And where each key's block begins for this head, in the pool of keys as in that of values."""
+    n, d = start + tl.arange(0, BLOCK_N), tl.arange(0, queries.shape[1])
     seen = n[None, :] < limit[:, None]
+    block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+    at = (block * KV_HEADS + kv_head) * D * BLOCK_SIZE
     keys = k_blocks + (at + n % BLOCK_SIZE * K_KEY)[None, :] + d[:, None] * K_CHANNEL
     key = tl.load(keys, mask=(d < D)[:, None] & (n < end)[None, :], other=0.0)
     score = tl.dot(queries, key.to(queries.dtype), input_precision="ieee") * scale
     if HAS_BIAS:
-        score += tl.load(bias[:, None] + n[None, :], mask=seen, other=0.0) * LOG2E
-    return tl.where(seen, score, -float("inf"))
+        score += tl.load(line[:, None] + n[None, :], mask=seen, other=0.0) * LOG2E
+    return tl.where(seen, score, -float("inf")), at
 
 
 @triton.jit
-def _extra_score(queries, extra_k, e, kv_head, scale, d, KV_HEADS: tl.constexpr, D: tl.constexpr):
+def _extra_score(queries, extra_k, e, kv_head, scale, KV_HEADS: tl.constexpr, D: tl.constexpr):
+    d = tl.arange(0, queries.shape[1])
     key = tl.load(extra_k + (e * KV_HEADS + kv_head) * D + d, mask=d < D, other=0.0)
     return tl.sum(queries.to(tl.float32) * key[None, :], 1) * scale
+
+
+@triton.jit
+def _grown(top, total, score):
+    """top and total with a tile's scores; by how much what was summed before fades; the tile's weights."""
+    new_top = tl.maximum(top, tl.max(score, 1))
+    fading = tl.exp2(top - _finite(new_top))
+    weight = tl.exp2(score - _finite(new_top)[:, None])
+    return new_top, total * fading + tl.sum(weight, 1), fading, weight
 
 
 @triton.jit

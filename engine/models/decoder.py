@@ -12,6 +12,7 @@ from engine.layers import DecoderBlock, FeedForward, LayerNorm, Linear, MultiHea
 from engine.parallel import Parallel
 from engine.sampling import draw
 from engine.specs import KVSpec, ModelSpec, TensorSpec
+from engine.upload import lines, to_device
 
 HEAD_POSITIONS = 64  # whose logits are held at a time, where nobody wants to see them
 
@@ -102,20 +103,20 @@ class DecoderModel(nn.Module):
         in_step = ends == list(range(1, len(hidden) + 1))  # each row is the hidden state of its own place
         if in_step:
             tails = hidden
+        elif all(end > start for start, end in zip(starts, ends, strict=True)):
+            tails = lines(hidden, [end - 1 for end in ends])
         else:
             pairs = zip(rows, starts, ends, strict=True)
             tails = torch.stack([row.tail if end == start else hidden[end - 1] for row, start, end in pairs])
-        if tails.device.type == "cpu":  # each on its own: a view would keep the whole batch's while one session idles
-            own = [tail.clone() for tail in tails] if len(rows) > 1 else [tails[0]]
-        else:  # in one call; the next recorded pass overwrites `hidden`
-            own = list(tails.clone() if in_step else tails)
+        own = list(tails)
+        if len(rows) > 1 or logits is not None:  # the next recorded pass overwrites `hidden`
+            # Each on its own: a view would keep the whole batch's while one session idles. In few kernels: times 1.
+            own = list(torch._foreach_mul(own, 1))
         results = [RowResult(tail=tail if row.last else None) for row, tail in zip(rows, own, strict=True)]
         wanting = [index for index, row in enumerate(rows) if _wants_last(row)]
         if wanting:
-            if logits is None or not in_step:
-                last = self.logits(tails if len(wanting) == len(rows) else tails[wanting], kv)
-            else:
-                last = logits if len(wanting) == len(rows) else logits[wanting]
+            made = logits if in_step else None
+            last = self.logits(lines(tails, wanting), kv) if made is None else lines(made, wanting)
             self._last_outputs(last, [rows[index] for index in wanting], [results[index] for index in wanting])
         for row, start, end, result in zip(rows, starts, ends, results, strict=True):
             if row.work.want.logits == "all" and row.count:
@@ -130,7 +131,8 @@ class DecoderModel(nn.Module):
         likeliest in the place of each, too: ids (n, k) int64, -1 for that first, and theirs, float32."""
         done = row.start - row.work.past_length[row.index]
         end = min(done + row.count + 1, row.work.new[row.index])
-        given = torch.from_numpy(row.work.inputs["token_ids"][row.index, done + (done > 0) : end]).to(hidden.device)
+        tokens = torch.from_numpy(row.work.inputs["token_ids"][row.index, done + (done > 0) : end])
+        given = to_device(tokens, hidden.device)
         logprobs = torch.full((len(given),), torch.nan)
         k = row.work.want.token_top_logprobs
         top_ids, top_logprobs = torch.full((len(given), k), -1), torch.full((len(given), k), torch.nan)
@@ -156,29 +158,40 @@ class DecoderModel(nn.Module):
         return self.head.scores(normed)
 
     def _last_outputs(self, logits: Tensor, rows: list[Row], results: list[RowResult]) -> None:
+        """What is read of the device is read for all rows at once: each time, the host waits."""
+        wants = [row.work.want for row in rows]
+        if any(want.sample is not None for want in wants):
+            self._draw(logits, rows, results)
+        if asked := [index for index, want in enumerate(wants) if want.logits == "last"]:
+            for index, own in zip(asked, lines(logits, asked).cpu().numpy(), strict=True):
+                results[index].once["logits"] = own
+        if asked := [index for index, want in enumerate(wants) if want.top_logprobs]:
+            most = max(wants[index].top_logprobs for index in asked)
+            top = torch.log_softmax(lines(logits, asked), -1).topk(most)
+            ids, values = torch.stack([top.indices.double(), top.values.double()]).cpu().numpy().tolist()
+            for index, which, value in zip(asked, ids, values, strict=True):
+                pairs = list(zip(map(int, which), value, strict=True))
+                results[index].once["top_logprobs"] = pairs[: wants[index].top_logprobs]
+
+    def _draw(self, logits: Tensor, rows: list[Row], results: list[RowResult]) -> None:
+        """The next tokens of those that want one, and their log-probabilities."""
         samples = {index: row.work.want.sample for index, row in enumerate(rows) if row.work.want.sample is not None}
         drawing = list(samples)
-        if drawing:
-            tokens = draw(
-                logits if len(drawing) == len(rows) else logits[drawing],
-                list(samples.values()),
-                [
-                    _history(rows[index]) if sample.repetition_penalty != 1 else None
-                    for index, sample in samples.items()
-                ],
-                [(rows[index].index, rows[index].stop) for index in drawing],
-            )
-            for index, token in zip(drawing, tokens.tolist(), strict=True):
-                results[index].once["next_token"] = token
-                if rows[index].work.want.logprob:
-                    own = logits[index]
-                    results[index].once["logprob"] = float(torch.log_softmax(own, -1)[token])
-        for index, (row, result) in enumerate(zip(rows, results, strict=True)):
-            if row.work.want.logits == "last":
-                result.once["logits"] = logits[index].cpu().numpy()
-            if row.work.want.top_logprobs:
-                top = torch.log_softmax(logits[index], -1).topk(row.work.want.top_logprobs)
-                result.once["top_logprobs"] = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        histories = [
+            _history(rows[index]) if sample.repetition_penalty != 1 else None for index, sample in samples.items()
+        ]
+        own = lines(logits, drawing)
+        keys = [(rows[index].index, rows[index].stop) for index in drawing]
+        tokens = draw(own, list(samples.values()), histories, keys)
+        told = tokens
+        if scored := [at for at, index in enumerate(drawing) if rows[index].work.want.logprob]:
+            likely = torch.log_softmax(lines(own, scored), -1).gather(1, lines(tokens, scored).unsqueeze(1))
+            told = torch.cat([tokens.double(), likely.squeeze(1).double()])
+        numbers = told.cpu().numpy().tolist()
+        for index, number in zip(drawing, numbers, strict=False):
+            results[index].once["next_token"] = int(number)
+        for at, number in zip(scored, numbers[len(drawing) :], strict=True):
+            results[drawing[at]].once["logprob"] = number
 
 
 def _wants_last(row: Row) -> bool:

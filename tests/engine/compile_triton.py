@@ -1,6 +1,8 @@
-"""Compiles what the backend launches for an H200, without one: run in a process of its own, where kernels are real.
+"""Compiles what the backend launches for an A100 and an H200, without one: run in a process of its own, where kernels
+are real.
 
-python -m tests.engine.compile_triton CASE DTYPE   (a case of COMPILED; prints a JSON line of what each kernel became)
+python -m tests.engine.compile_triton CASE DTYPE   (a case of COMPILED; prints a JSON line: by architecture, what each
+                                                    kernel became)
 """
 
 import json
@@ -29,7 +31,9 @@ COMPILED = {
     "prefill": replace(LLAMA, new=(1, 40)),
     "masked": replace(LLAMA, new=(1, 40), biased=True, causal=False, extras=1),
     "one_row": Case((20,), (7,), heads=1, kv_heads=1, head_dim=64, extras=1),
+    "wide": replace(LLAMA, new=(1, 40), heads=8, kv_heads=4, head_dim=256, rotary_dim=256, biased=True),
 }
+ARCHITECTURES = (80, 90)
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 
 
@@ -53,8 +57,9 @@ class Recorder:
             return launch
 
 
-def compiled(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """As Triton's launcher would: integers that are 1 are constants, multiples of 16 are known as such."""
+def compiled(name: str, arguments: tuple[Any, ...], named: dict[str, Any], architecture: int) -> dict[str, Any]:
+    """As Triton's launcher would: integers that are 1 are constants, multiples of 16 are known as such, but for those
+    that are not specialised for."""
     kernel = getattr(triton_kernels, name)
     options = {key: named[key] for key in ("num_warps", "num_stages") if key in named}
     given = dict(zip(kernel.arg_names, arguments, strict=False))
@@ -65,15 +70,15 @@ def compiled(name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> di
         divisible = False
         if isinstance(value, Tensor):
             signature[key], divisible = f"*{NAMES[value.dtype]}", True
-        elif key.isupper() or value == 1:
+        elif key.isupper() or (value == 1 and not kernel.params[index].do_not_specialize):
             signature[key], constants[(index,)] = "constexpr", value
         else:
             signature[key] = "fp32" if isinstance(value, float) else "i32"
-            divisible = isinstance(value, int) and value % 16 == 0
+            divisible = isinstance(value, int) and value % 16 == 0 and not kernel.params[index].do_not_specialize
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return {"stack": stack_bytes(made.asm["cubin"]), "shared": made.metadata.shared, **loads(made.asm["ptx"])}
 
 
@@ -104,7 +109,9 @@ def main() -> None:
         backend.probabilities(w.q, w.k_blocks, w.inputs, w.rotary, w.scoring)
         backend.rms_norm(w.q, w.q[0, 0], 1e-5, w.q)
         backend.silu_gate(w.q)
-    print(json.dumps({name: compiled(name, *launch) for name, launch in recorder.launches.items()}))
+    launches = recorder.launches.items()
+    made = {each: {name: compiled(name, *launch, each) for name, launch in launches} for each in ARCHITECTURES}
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

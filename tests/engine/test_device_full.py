@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.view import PagedView
-from engine.batch import Append
+from engine.batch import Append, ExportPast, ImportPast
 from engine.errors import DeviceFull
 from engine.layers import MultiHeadAttention
 from engine.models.attention import AttentionModel, attention_spec
@@ -58,6 +58,30 @@ def test_too_large_a_pass_is_refused_for_now_and_rolled_back(served: Served) -> 
     assert model.made is not None
     assert model.made() is None  # what the pass had made is free again
     assert served.append(session, inputs(5)).valid_length == [5]
+
+
+class Full(ModelRunner):
+    """Has no room for a past beside the pool."""
+
+    def _past_blocks(self, tables: list[list[int]], lengths: list[int]) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_a_past_that_cannot_be_gathered_stays_where_it_is(served: Served) -> None:
+    full = Served(Full(served.runner.model, backend("sdpa"), 12, 16))
+    session = full.open()
+    full.append(session, inputs(5))
+    with pytest.raises(DeviceFull):
+        full.finish(ExportPast(session))
+    info = full.engine.session(session)
+    assert (info.valid_length, info.version, info.state) == ([5], 1, "idle")
+    other = served.open()
+    served.append(other, inputs(5))
+    past, empty = served.finish(ExportPast(other)).past, full.open()
+    with pytest.raises(DeviceFull):
+        full.finish(ImportPast(empty, past))
+    assert full.engine.session(empty).valid_length == [0]
+    full.engine.check()
 
 
 def test_only_what_does_not_fit_alone_is_refused(served: Served) -> None:

@@ -17,7 +17,7 @@ from tests.engine.attention_cases import Case, World, make, reference
 from tests.engine.triton_cases import HALF, TOLERANCE, close
 
 CACHE = Path.home() / ".cache" / "keypast"
-STEPS = Case((0, 15, 16, 40), (1, 1, 1, 1), heads=4, dtype=HALF, cache_dtype=HALF, rotary_dim=16)
+STEPS = Case((0, 15, 16, 40), (1, 1, 1, 1), heads=4, head_dim=64, dtype=HALF, cache_dtype=HALF, rotary_dim=16)
 
 
 class FakeFlashInfer:
@@ -25,9 +25,13 @@ class FakeFlashInfer:
 
     def __init__(self) -> None:
         self.plans = self.runs = 0
+        self.tensor_cores: bool | None = None
 
-    def BatchDecodeWithPagedKVCacheWrapper(self, workspace: Tensor, layout: str) -> "FakeFlashInfer":  # noqa: N802
+    def BatchDecodeWithPagedKVCacheWrapper(  # noqa: N802
+        self, workspace: Tensor, layout: str, *, use_tensor_cores: bool
+    ) -> "FakeFlashInfer":
         assert (layout, len(workspace), bool(workspace.any())) == ("HND", 128 << 20, False)
+        self.tensor_cores = use_tensor_cores
         return self
 
     def plan(
@@ -77,7 +81,14 @@ def test_steps_are_its_and_each_pass_is_planned_once() -> None:
         w = natural(make(replace(STEPS, seed=seed)))
         for _ in range(3):  # layers of one pass
             close(w.attend(backend), reference(w), TOLERANCE[HALF])
-    assert (library.plans, library.runs) == (2, 6)
+    assert (library.plans, library.runs, library.tensor_cores) == (2, 6, False)
+
+
+def test_many_heads_that_share_their_keys_go_to_the_tensor_cores() -> None:
+    library = FakeFlashInfer()
+    w = natural(make(replace(STEPS, heads=8)))
+    close(w.attend(FlashInferBackend(library)), reference(w), TOLERANCE[HALF])
+    assert library.tensor_cores is True
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,7 @@ def test_steps_are_its_and_each_pass_is_planned_once() -> None:
         replace(STEPS, dtype=torch.float32),
         replace(STEPS, causal=False, biased=True),
         replace(STEPS, extras=1),
+        replace(STEPS, head_dim=16),
         replace(STEPS, new=(1, 2, 1, 3)),
     ],
 )
@@ -102,7 +114,11 @@ def chosen(name: str, library: Any, times: dict[str, float], warn: Callable[[str
             raise RuntimeError("no compiler")
         return times[backend.name]
 
-    return choose(name, "cuda", CACHE, warn, flashinfer=lambda: library, seconds=seconds)
+    return choose(name, "cuda", CACHE, warn, flashinfer=lambda: library, seconds=seconds, tried=runs)
+
+
+def runs(backend: Backend, device: str) -> None:
+    """Every backend does on this device."""
 
 
 @pytest.mark.parametrize(
@@ -124,7 +140,7 @@ def test_a_backend_that_is_named_is_not_timed() -> None:
 
 
 def test_where_steps_will_be_recorded_only_what_can_be_is_chosen() -> None:
-    backend = choose("auto", "cuda", CACHE, print, recorded=True, flashinfer=FakeFlashInfer)
+    backend = choose("auto", "cuda", CACHE, print, recorded=True, flashinfer=FakeFlashInfer, tried=runs)
     assert (backend.name, backend.recordable) == ("triton", True)
 
 

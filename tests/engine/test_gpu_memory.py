@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.errors import InvalidInput
+from engine.graphs import Computed
 from engine.loading import LoadOptions, load_model
 from tests.engine.models import CACHE, reference_model
 from tests.engine.test_graphs import FakeDevice
@@ -69,6 +71,25 @@ def test_an_amount_is_taken_as_it_is(llama: Path) -> None:
 def test_too_little_is_said_so(llama: Path) -> None:
     with pytest.raises(InvalidInput, match="kv_memory: 0 bytes hold no block of tiny"):
         load_model("tiny", str(llama), options(FakeGpu(5 * MIB, [3 * MIB, 3 * MIB])), print)
+
+
+class Crowded(FakeDevice):
+    def record(self, run: Callable[[], Computed]) -> tuple[Callable[[], None], Computed]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+class CrowdedGpu(FakeGpu):
+    def peak(self, run: Callable[[], object]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def test_what_does_not_fit_at_start_names_what_to_change(llama: Path) -> None:
+    gpu = FakeGpu(64 * MIB, [0, 0])
+    gpu.device = Crowded()
+    with pytest.raises(InvalidInput, match="kv_memory: 33554432 bytes do not fit beside the weights of tiny"):
+        load_model("tiny", str(llama), options(gpu), print)
+    with pytest.raises(InvalidInput, match="max_rows: a batch of tiny does not fit beside its weights"):
+        load_model("tiny", str(llama), options(CrowdedGpu(64 * MIB, [])), print)
 
 
 @pytest.mark.parametrize("given", [{"graphs": False}, {"backend": "sdpa"}])

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from engine.attention.base import AttentionInputs, Backend
 from engine.attention.cuda import TritonBackend
 from engine.attention.sdpa import SdpaBackend
-from engine.batch import Append, Array, Generate, Sample, Truncate, Want
+from engine.batch import Append, Array, Batch, Generate, RowResult, Sample, Truncate, Want
 from engine.checkpoints.weights import Checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -53,8 +53,8 @@ class FakeDevice:
 
         def play() -> None:
             self.events.append(f"play {number}")
-            for kept, new in zip(made.tensors(), run().tensors(), strict=True):
-                kept.copy_(new)
+            again = run()
+            assert again.hidden.data_ptr() == made.hidden.data_ptr()  # nothing has moved
 
         return play, made
 
@@ -127,6 +127,26 @@ def test_the_largest_is_recorded_first_and_a_step_is_one_upload_and_one_play() -
     assert device.events == [f"upload {5 * 4 + 4 * 16}", "play 3", f"upload {5 * 4 + 64}", "play 2"]
 
 
+def test_all_recordings_leave_what_they_make_in_the_same_place() -> None:
+    """Logits of every recording side by side would take a GPU's memory for good."""
+
+    def forward(tokens: Tensor, inputs: AttentionInputs) -> Computed:
+        wide = tokens[:, None].float()
+        return Computed(wide.expand(-1, 3), None, wide.expand(-1, 50) + 1)  # type: ignore[arg-type]
+
+    graphs = StepGraphs(FakeDevice(), forward, 4, 64, quiet)
+    places = set()
+    for rows, width in ((1, 1), (4, 64), (3, 20)):
+        tokens, attention = step(rows, width)
+        made = graphs.play(tokens, attention)
+        assert made is not None
+        assert made.logits is not None
+        assert made.hidden[:, 2].tolist() == tokens.tolist()
+        assert made.logits[:, 49].tolist() == (tokens + 1).tolist()
+        places.add((made.hidden.data_ptr(), made.logits.data_ptr()))
+    assert len(places) == 1
+
+
 def test_a_table_too_large_for_any_recording_is_left_to_the_eager_pass() -> None:
     device = FakeDevice()
     graphs = StepGraphs(device, echo, 256, CELLS // 64, quiet)
@@ -138,17 +158,29 @@ def test_a_table_too_large_for_any_recording_is_left_to_the_eager_pass() -> None
 # ---- in an engine ----
 
 
+class Seen(ModelRunner):
+    """Shows what the last pass left its sessions for the next."""
+
+    tails: tuple[Tensor, ...] = ()
+
+    def run(self, batch: Batch) -> list[RowResult]:
+        results = super().run(batch)
+        self.tails = tuple(result.tail for result in results)
+        return results
+
+
 class Both:
     """The same model twice: steps played back, and not."""
 
     def __init__(self, path: Any, max_rows: int = 4) -> None:
         self.device = FakeDevice()
-        self.engines = []
+        self.engines, self.runners = [], []
         for recorded in (True, False):
             model = load_decoder("tiny", Checkpoint.open(path), device="cpu", dtype=torch.float32, kv_dtype="float32")
-            runner = ModelRunner(model, backend("sdpa"), 60, 16)
+            runner = Seen(model, backend("sdpa"), 60, 16)
             if recorded:
                 runner.record_steps(self.device, max_rows, quiet)
+            self.runners.append(runner)
             self.engines.append(Engine([runner], EngineConfig(token_budget=64)))
         self.device.events.clear()
 
@@ -191,6 +223,20 @@ def test_more_rows_than_any_recording_has_and_prefills_run_as_ever(checkpoint: A
     both = Both(checkpoint, max_rows=2)
     recorded, eager = both.generate([[1, 2, 3], [7, 8, 9], [4, 5]], Sample())
     assert recorded == eager
+
+
+def test_a_session_that_idles_keeps_its_own_tail_and_not_the_batchs(checkpoint: Any) -> None:
+    both = Both(checkpoint)
+    for engine, runner in zip(both.engines, both.runners, strict=True):
+        sessions = [engine.create_session("tiny").id for _ in range(3)]
+        for tokens in ([1, 2, 3], [4]):
+            for session in sessions:
+                engine.submit(Append(session, {"token_ids": np.array([tokens])}))
+            while engine.run_once():
+                engine.check()
+            assert {tail.untyped_storage().nbytes() for tail in runner.tails} == {runner.tails[0].nbytes}
+            assert len({tail.data_ptr() for tail in runner.tails}) == 3
+    assert both.played == 1
 
 
 def test_all_outputs_of_a_step_and_of_its_replay(checkpoint: Any) -> None:
