@@ -9,53 +9,29 @@ PATH is an interpreter with openvino-genai, DIR what optimum-cli exported (`make
 """
 
 import argparse
-import json
 import os
-import subprocess
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.ours import OurEngine
+from benchmarks.peers.worker import Worker
 
 WORKER = Path(__file__).parent / "peers" / "openvino_worker.py"
 DECODE = {(1, 256): None, (16, 256): 1.3, (4, 2048): None}  # (sessions, context): goal
 PREFILL = {512: 1.0, 2048: 1.0}
 
 
-class OpenVINO:
+class OpenVINO(Worker):
     def __init__(self, python: Path, model: Path) -> None:
-        command = [str(python), str(WORKER), str(model), str(os.cpu_count())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.version = str(self._read()["version"])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().__init__([str(python), str(WORKER), str(model), str(os.cpu_count())])
+        self.version = str(self.read()["version"])
 
     def step_ms(self, sessions: int, context: int) -> float:
-        return float(self._ask({"sessions": sessions, "context": context})["step_ms"])
+        return float(self.ask({"sessions": sessions, "context": context})["step_ms"])
 
     def prefill(self, length: int) -> float:
-        return float(self._ask({"prefill": length})["tok_s"])
-
-    def _ask(self, request: dict[str, int]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                reply: dict[str, Any] = json.loads(line)
-                return reply
-        raise SystemExit("OpenVINO's process ended")
+        return float(self.ask({"prefill": length})["tok_s"])
 
 
 def main() -> None:

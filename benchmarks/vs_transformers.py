@@ -1,113 +1,51 @@
-"""Our engine against transformers' own generate loop, in process, on the same bfloat16 weights, in turn.
+"""Our engine against transformers' own ways to generate (see `peers/transformers_worker.py`), on the same bfloat16
+weights, in turn.
 
-Peers: a greedy loop of `model(...)` with a StaticCache, as `generate` runs it, eager and through torch.compile; and for
-many sessions `generate_batch`, its continuous batching over a paged cache. Bounds: as in `vs_llama`.
+Neither side goes through HTTP. The peer runs in a process of its own with torch's defaults and as many threads; with
+--peer-huge-pages it is measured a second time in one whose tensors lie in pages of 2 MB, as ours do ("2M"). Bounds: as
+in `vs_llama`.
 
-    python -m benchmarks.vs_transformers [--rounds 5] [--save]
+    python -m benchmarks.vs_transformers [--rounds 5] [--peer-huge-pages] [--save]
 """
 
 import argparse
-import logging
-import statistics
-import time
 from functools import partial
-from pathlib import Path
-from typing import Any
+from importlib.metadata import version
 
 import torch
-import transformers
 
 from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.ours import OurEngine
-from benchmarks.peers.servers import prompt
-from engine.checkpoints.gguf import convert, default_model
+from benchmarks.peers.transformers_worker import TransformersPeer
 
-STEPS = 16
-PAGE = 256  # positions, its default
-GOALS = {("eager", 1): 3.5, ("eager", 16): 6, ("compiled", 1): 2.5, ("compiled", 16): 6}
-
-
-def load() -> Any:
-    cache = Path.home() / ".cache" / "keypast"
-    path = convert(default_model(cache, print), cache)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
-
-
-class Transformers:
-    def __init__(self, compiled: bool) -> None:
-        self.model = load()
-        self._call: Any = torch.compile(self.model, fullgraph=True) if compiled else self.model
-        self._caches: dict[tuple[int, int], Any] = {}
-
-    @torch.inference_mode()
-    def step_ms(self, sessions: int, context: int) -> float:
-        """Median of greedy steps of one batch whose rows are all `context` long."""
-        ids = torch.tensor([prompt(seed, context) for seed in range(sessions)])
-        cache = self._caches.setdefault((sessions, context), self._new_cache(context))
-        cache.reset()
-        tokens = self.model(ids, past_key_values=cache, cache_position=torch.arange(context)).logits[:, -1:].argmax(-1)
-        times = []
-        for at in range(context, context + STEPS):
-            started = time.perf_counter()
-            logits = self._call(tokens, past_key_values=cache, cache_position=torch.tensor([at])).logits
-            tokens = logits[:, -1:].argmax(-1)
-            times.append((time.perf_counter() - started) * 1e3)
-        return statistics.median(times)
-
-    def _new_cache(self, context: int) -> Any:
-        return transformers.StaticCache(config=self.model.config, max_cache_len=context + STEPS)
-
-
-class ContinuousBatching:
-    """Its manager begins and ends with every call, so that its thread takes nothing while another side is measured."""
-
-    def __init__(self) -> None:
-        self.model = load()
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # would measure memory; is told below
-
-    def step_ms(self, sessions: int, context: int) -> float:
-        """Mean of steps in which every session decodes: one batch takes all the prompts."""
-        settings = transformers.ContinuousBatchingConfig(
-            num_blocks=sessions * (-(-(context + STEPS + 1) // PAGE) + 1),
-            page_size=PAGE,
-            max_batch_tokens=sessions * context,
-        )
-        told = self.model.generate_batch(
-            [prompt(seed, context) for seed in range(sessions)],
-            generation_config=transformers.GenerationConfig(
-                max_new_tokens=STEPS + 1, do_sample=False, eos_token_id=-1, pad_token_id=0
-            ),
-            continuous_batching_config=settings,
-            record_timestamps=True,
-            warmup=False,
-        )
-        arrivals: list[list[float]] = [request.timestamps for request in told.values()]
-        if len(arrivals) != sessions or any(len(times) != STEPS + 1 for times in arrivals):
-            raise RuntimeError(f"generate_batch gave {[len(times) for times in arrivals]} tokens")
-        start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-        steps = sum(start < at <= end for at in arrivals[0])
-        return (end - start) * 1e3 / steps
+CONTEXT = 256
+GOALS = {
+    ("eager", 1): 3.5,
+    ("eager", 16): 6,
+    ("compiled", 1): 2.5,
+    ("compiled", 16): 6,
+    ("continuous", 16): None,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer-huge-pages", action="store_true")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    ours = OurEngine()
+    ours, threads = OurEngine(), torch.get_num_threads()
     results: list[Pairs] = []
     print(HEADER)
-    for name in ("eager", "compiled"):
-        peer = Transformers(name == "compiled")
-        results += [against(ours, name, peer, sessions, options.rounds) for sessions in (1, 16)]
-    results.append(against(ours, "continuous", ContinuousBatching(), 16, options.rounds))
-    report("vs_transformers", results, {"transformers": transformers.__version__}, options.save)
-
-
-def against(ours: OurEngine, name: str, peer: Transformers | ContinuousBatching, sessions: int, rounds: int) -> Pairs:
-    peer.step_ms(sessions, 256)  # compiles
-    pairs = Pairs(f"decode {sessions} x 256", f"transformers {name}", "ms", "less", GOALS.get((name, sessions)))
-    return interleave(pairs, partial(ours.step_ms, sessions, 256), partial(peer.step_ms, sessions, 256), rounds)
+    for huge_pages in (False, True) if options.peer_huge_pages else (False,):
+        with TransformersPeer(threads, huge_pages=huge_pages) as peer:
+            for (way, sessions), goal in GOALS.items():
+                peer.step_ms(way, sessions, CONTEXT)  # loads, and compiles
+                name = f"transformers {way}{' 2M' * huge_pages}"
+                pairs = Pairs(f"decode {sessions} x {CONTEXT}", name, "ms", "less", goal)
+                sides = partial(ours.step_ms, sessions, CONTEXT), partial(peer.step_ms, way, sessions, CONTEXT)
+                results.append(interleave(pairs, *sides, options.rounds))
+    report("vs_transformers", results, {"transformers": version("transformers")}, options.save)
 
 
 if __name__ == "__main__":

@@ -7,71 +7,32 @@
 
 {"dtype": "bfloat16", "context": 4096}    -> {}            a layer of that, on a past of so many positions
 {"way": "cat", "repeats": 20}             -> {"ms": ..}    median of its steps
-
-A process of its own, so that torch is as a user has it: what the service sets for itself is not set here.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.compare import median_ms
+from benchmarks.peers.worker import TorchWorker, serve
 
 HIDDEN, HEADS = 1024, 16
 DIM = HIDDEN // HEADS
 WAYS = ("recompute", "cat", "in place", "masked")
-HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-_SET = (HUGE_PAGES, "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY")
 
 
-class LayerPeer:
-    """The worker's process; with `huge_pages` its tensors lie in pages of 2 MB, as ours do."""
-
+class LayerPeer(TorchWorker):
     def __init__(self, threads: int, *, huge_pages: bool) -> None:
-        environment = {key: value for key, value in os.environ.items() if key not in _SET}
-        environment["OMP_NUM_THREADS"] = str(threads)
-        if huge_pages:
-            environment[HUGE_PAGES] = "1"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.layer_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=Path(__file__).parent.parent.parent,
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().__init__("benchmarks.peers.layer_worker", threads, huge_pages=huge_pages)
 
     def begin(self, dtype: str, context: int) -> None:
-        self._ask({"dtype": dtype, "context": context})
+        self.ask({"dtype": dtype, "context": context})
 
     def step_ms(self, way: str, repeats: int) -> float:
-        return float(self._ask({"way": way, "repeats": repeats})["ms"])
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("the layer's process ended")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
+        return float(self.ask({"way": way, "repeats": repeats})["ms"])
 
 
 class Layer:
@@ -126,14 +87,16 @@ class Layer:
 @torch.inference_mode()
 def main() -> None:
     layer: Layer | None = None
-    for line in sys.stdin:
-        asked = json.loads(line)
+
+    def answer(asked: dict[str, Any]) -> dict[str, Any]:
+        nonlocal layer
         if "dtype" in asked:
-            layer, reply = Layer(getattr(torch, asked["dtype"]), asked["context"]), {}
-        else:
-            assert layer is not None, "begin first"
-            reply = {"ms": median_ms(layer.way(asked["way"]), asked["repeats"])}
-        print(json.dumps(reply), flush=True)
+            layer = Layer(getattr(torch, asked["dtype"]), asked["context"])
+            return {}
+        assert layer is not None, "begin first"
+        return {"ms": median_ms(layer.way(asked["way"]), asked["repeats"])}
+
+    serve(answer)
 
 
 if __name__ == "__main__":
