@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_timing import NoGpu, copy_bandwidth, device_name, milliseconds, recorded
+from benchmarks.gpu_timing import Gpu, NoGpu
 from engine.attention.base import AttentionInputs, Backend, Rotary, Scoring
 from engine.attention.cuda import TritonBackend, Tuning
 from engine.kv_pool import KVPool
@@ -29,6 +29,7 @@ from engine.specs import KVSpec
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 16
 CACHE = 256 << 20  # bytes of the pools that calls go round over, several times a device's L2
+MOST_POOLS = 64  # enough for the smallest case to leave the cache
 MOST = 40 << 30  # bytes of one pool; larger cases are left out
 TUNINGS = [
     Tuning(split=split, tile=tile, warps=warps, stages=stages)
@@ -52,11 +53,11 @@ class Result:
 class Decode:
     """One step of `batch` rows of `context` positions, the new one included."""
 
-    def __init__(self, batch: int, context: int, device: str = "cuda") -> None:
-        self.batch, self.context = batch, context
+    def __init__(self, batch: int, context: int, machine: Gpu) -> None:
+        self.batch, self.context, self.machine, device = batch, context, machine, machine.device
         self.bytes = 2 * batch * context * KV_HEADS * DIM * 2
         width = -(-context // BLOCK)
-        layers = max(1, min(8, CACHE // self.bytes))
+        layers = max(1, min(MOST_POOLS, CACHE // self.bytes))
         self.pool = KVPool(KVSpec(layers, KV_HEADS, DIM, "float16"), batch * width + 1, BLOCK, device, transposed=False)
         for tensor in (self.pool.k, self.pool.v):
             tensor.normal_()
@@ -85,31 +86,32 @@ class Decode:
     def ours(self, tuning: Tuning = Tuning()) -> float:
         backend = TritonBackend(tuning)
         layers = range(len(self.pool.layers))
-        return milliseconds([recorded(partial(self.attend, backend, layer)) for layer in layers])
+        return self.machine.milliseconds([self.machine.recorded(partial(self.attend, backend, n)) for n in layers])
 
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        k, v = torch.randn(2, self.batch, KV_HEADS, self.context, DIM, dtype=torch.float16, device="cuda").unbind()
-        return self.q.unsqueeze(2).contiguous(), k, v
+    def padded(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """q, k and v of as many caches as there are pools, so that none of them stays in the device's."""
+        shape = (2, self.batch, KV_HEADS, self.context, DIM)
+        caches = [torch.randn(shape, dtype=torch.float16, device=self.machine.device) for _ in self.pool.layers]
+        return [(self.q.unsqueeze(2).contiguous(), kv[0], kv[1]) for kv in caches]
 
     def sdpa(self) -> float:
-        q, k, v = self.padded()
-        return milliseconds([recorded(lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))])
+        attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
+        return self.machine.milliseconds([self.machine.recorded(partial(attend, *qkv)) for qkv in self.padded()])
 
     def flex(self) -> float:
         from torch.nn.attention.flex_attention import flex_attention
 
-        q, k, v = self.padded()
-        compiled: Any = torch.compile(flex_attention, dynamic=False)
-        return milliseconds([lambda: compiled(q, k, v, enable_gqa=True)])
+        compiled: Any = partial(self.machine.compiled(flex_attention), enable_gqa=True)
+        return self.machine.milliseconds([partial(compiled, *qkv) for qkv in self.padded()])
 
     def flashinfer(self) -> float:
         import flashinfer
 
         width = self.inputs.block_table.shape[1]
-        workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND")
-        starts = torch.arange(self.batch + 1, dtype=torch.int32, device="cuda") * width
-        last = torch.full((self.batch,), (self.context - 1) % BLOCK + 1, dtype=torch.int32, device="cuda")
+        workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=self.machine.device)
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.machine.device) * width
+        last = torch.full_like(starts[1:], (self.context - 1) % BLOCK + 1)
         wrapper.plan(
             starts, self.inputs.block_table.flatten(), last, HEADS, KV_HEADS, DIM, BLOCK, q_data_type=torch.float16
         )
@@ -119,7 +121,7 @@ class Decode:
         def call(pair: tuple[Tensor, Tensor]) -> Callable[[], object]:
             return lambda: wrapper.run(q, pair)
 
-        return milliseconds([call(pair) for pair in pages])
+        return self.machine.milliseconds([call(pair) for pair in pages])
 
 
 def attempt(peer: Callable[[], float]) -> float | str:
@@ -130,17 +132,17 @@ def attempt(peer: Callable[[], float]) -> float | str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
 
 
-def measure(batch: int, context: int, bandwidth: float, peers: bool = True) -> Result:
-    case = Decode(batch, context)
+def measure(batch: int, context: int, bandwidth: float, machine: Gpu) -> Result:
+    case = Decode(batch, context, machine)
     ms = case.ours()
     rate = case.bytes / ms * 1e3
     others: dict[str, Callable[[], float]] = {"sdpa": case.sdpa, "flex": case.flex, "flashinfer": case.flashinfer}
-    told = {name: attempt(peer) for name, peer in others.items()} if peers else {}
+    told = {name: attempt(peer) for name, peer in others.items()}
     return Result(batch, context, ms, rate / 1e12, rate / bandwidth, told)
 
 
-def fits(batch: int, context: int) -> bool:
-    return 2 * batch * context * KV_HEADS * DIM * 2 <= min(MOST, torch.cuda.mem_get_info()[0] // 3)
+def fits(batch: int, context: int, machine: Gpu) -> bool:
+    return 2 * batch * context * KV_HEADS * DIM * 2 <= min(MOST, machine.free() // 3)
 
 
 def line(result: Result) -> str:
@@ -155,9 +157,9 @@ HEADER = """| batch | context | ms | TB/s | of copy | SDPA, ms | FlexAttention, 
 |---|---|---|---|---|---|---|---|"""
 
 
-def sweep(batch: int, context: int, bandwidth: float) -> None:
+def sweep(batch: int, context: int, bandwidth: float, machine: Gpu) -> None:
     """Which tuning is fastest here; the defaults in engine.attention.cuda are for a person to change."""
-    case = Decode(batch, context)
+    case = Decode(batch, context, machine)
     timed = sorted((case.ours(tuning), repr(tuning)) for tuning in TUNINGS)
     print(f"batch {batch}, context {context}")
     for ms, tuning in timed:
@@ -175,25 +177,25 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
-        name = device_name()
+        machine = Gpu()
     except NoGpu as reason:
         print(reason)
         return 1
-    bandwidth = copy_bandwidth()
-    print(f"{name}: a copy reaches {bandwidth / 1e12:.2f} TB/s")
+    bandwidth = machine.copy_bandwidth()
+    print(f"{machine.name}: a copy reaches {bandwidth / 1e12:.2f} TB/s")
     results = []
     print(HEADER)
     with torch.inference_mode():
         for context in given.context:
             for batch in given.batch:
-                if not fits(batch, context):
+                if not fits(batch, context, machine):
                     print(f"batch {batch}, context {context}: left out, too large for this device")
                 elif given.sweep:
-                    sweep(batch, context, bandwidth)
+                    sweep(batch, context, bandwidth, machine)
                 else:
-                    results.append(measure(batch, context, bandwidth))
+                    results.append(measure(batch, context, bandwidth, machine))
                     print(line(results[-1]), flush=True)
-    print(json.dumps({"device": name, "copy": bandwidth, "results": [asdict(result) for result in results]}))
+    print(json.dumps({"device": machine.name, "copy": bandwidth, "results": [asdict(result) for result in results]}))
     return 0
 
 

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.gpu_timing import NoGpu, copy_bandwidth, device_name, milliseconds, wall_milliseconds
+from benchmarks.gpu_timing import Gpu, NoGpu
 from engine.attention.base import Rotary
 from engine.attention.cuda import TritonBackend
 from engine.batch import Array
 from engine.checkpoints.config import DecoderConfig
-from engine.graphs import CudaGraphs
 from engine.models.decoder import DecoderModel, decoder_spec
 from engine.models.rotary import rotary_tables
 from engine.runner import ModelRunner, Plan
@@ -117,27 +117,34 @@ def step_bytes(config: DecoderConfig, batch: int, context: int) -> int:
     return 2 * read + batch * context * spec.kv.position_bytes
 
 
-def next_tokens(runner: ModelRunner, plan: Plan) -> list[int]:
+@torch.inference_mode()
+def logits_of(runner: ModelRunner, plan: Plan) -> Tensor:
     made = runner.execute(plan)
     logits = made.logits if made.logits is not None else runner.model.logits(made.hidden, made.view)
     assert logits is not None
-    tokens: list[int] = logits.argmax(-1).tolist()
+    return logits
+
+
+def next_tokens(runner: ModelRunner, plan: Plan) -> list[int]:
+    tokens: list[int] = logits_of(runner, plan).argmax(-1).tolist()
     return tokens
 
 
-def measure(name: str, model: DecoderModel, batch: int, context: int, bandwidth: float) -> Result:
+def measure(
+    name: str, config: DecoderConfig, model: DecoderModel, batch: int, context: int, bandwidth: float, machine: Gpu
+) -> Result:
     blocks = batch * -(-context // BLOCK) + 1
     plan, backend = step_plan(batch, context), TritonBackend()
     eager = ModelRunner(model, backend, blocks, BLOCK)
     runner = ModelRunner(model, backend, blocks, BLOCK)
     for each in (eager, runner):
+        each.zero(list(range(blocks)))
         each.rehearse(1, 1)
-    graphs = CudaGraphs()
-    runner.record_steps(graphs, batch, lambda text: None)
-    eager_ms = wall_milliseconds(lambda: next_tokens(eager, plan), times=5)
-    ms = wall_milliseconds(lambda: next_tokens(runner, plan))
-    alone = milliseconds([runner.replay_of(plan)] * 5)
-    floor = step_bytes(MODELS[name], batch, context) / bandwidth * 1e3
+    runner.record_steps(machine.graphs(), batch, lambda text: None)
+    eager_ms = machine.wall_milliseconds(lambda: next_tokens(eager, plan), times=5)
+    ms = machine.wall_milliseconds(lambda: next_tokens(runner, plan))
+    alone = machine.milliseconds([runner.replay_of(plan)] * 5)
+    floor = step_bytes(config, batch, context) / bandwidth * 1e3
     return Result(name, batch, context, ms, eager_ms, floor, floor / ms, batch / ms * 1e3, 1 - alone / ms)
 
 
@@ -163,22 +170,23 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
-        name = device_name()
+        machine = Gpu()
     except NoGpu as reason:
         print(reason)
         return 1
-    bandwidth, results = copy_bandwidth(), []
-    print(f"{name}: a copy reaches {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
+    bandwidth, results = machine.copy_bandwidth(), []
+    print(f"{machine.name}: a copy reaches {bandwidth / 1e12:.2f} TB/s\n{HEADER}")
     with torch.inference_mode():
         for chosen in given.models:
-            model = random_model(MODELS[chosen], "cuda")
+            config = MODELS[chosen]
+            model = random_model(config, machine.device)
             for context in given.context:
                 for batch in given.batch:
-                    results.append(measure(chosen, model, batch, context, bandwidth))
+                    results.append(measure(chosen, config, model, batch, context, bandwidth, machine))
                     print(line(results[-1]), flush=True)
             del model
-            torch.cuda.empty_cache()
-    print(json.dumps({"device": name, "copy": bandwidth, "results": [asdict(result) for result in results]}))
+            machine.release()
+    print(json.dumps({"device": machine.name, "copy": bandwidth, "results": [asdict(result) for result in results]}))
     return 0
 
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from benchmarks import gpu_attention, gpu_check, gpu_step
+from benchmarks.gpu_timing import DryRun
 from engine.attention.cuda import TritonBackend
 from engine.attention.sdpa import SdpaBackend
 from engine.runner import ModelRunner
-from tests.engine.test_graphs import FakeDevice
+from tests.engine.attention_cases import Case
+from tests.engine.fake_device import FakeDevice
 from tests.engine.triton_cases import SMALL
 
 ROOT = Path(__file__).parent.parent
-PRESENT = "torch triton numpy safetensors"
 ABSENT = "fastapi pydantic uvicorn httpx anyio typer rich tokenizers gguf jinja2 transformers pytest hypothesis"
 
 
@@ -32,7 +33,8 @@ def test_without_a_gpu_it_says_so_and_fails(
     assert len(told.splitlines()) == 1
 
 
-def test_it_needs_nothing_but_torch_triton_numpy_and_safetensors() -> None:
+def without_others(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """The check where what is not torch, triton, numpy, safetensors, nor torch's own, is refused."""
     code = (
         "import sys\n"
         "class Absent:\n"
@@ -40,10 +42,39 @@ def test_it_needs_nothing_but_torch_triton_numpy_and_safetensors() -> None:
         f"        if name.partition('.')[0] in {ABSENT.split()!r}: raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "from benchmarks.gpu_check import main\n"
-        "sys.exit(main([]))"
+        f"sys.exit(main({arguments!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_it_needs_nothing_but_torch_triton_numpy_and_safetensors() -> None:
+    done = without_others([])
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.slow
+def test_a_dry_run_walks_the_whole_way(tmp_path: Path) -> None:
+    """Checks, both benchmarks and the table that they leave."""
+    done = without_others(["--dry-run", "--save", str(tmp_path)])
+    assert done.returncode == 0, done.stdout + done.stderr
+    (written,) = tmp_path.glob("gpu-dry-run-no-gpu-*.md")
+    table = written.read_text()
+    assert table.count("| right |") == 4
+    assert "**wrong**" not in table
+    assert "| 2 | 40 |" in table  # of attention, and the peers that are there
+    assert "ModuleNotFoundError: No module named 'flashinfer'" in table
+    assert "| tiny | 1 | 40 |" in table
+    assert "| tiny | 3 | 40 |" in table
+    assert "Left out for time or room: 0." in table
+
+
+@pytest.mark.slow
+def test_a_check_that_fails_is_told_of_and_the_others_run(capsys: pytest.CaptureFixture[str]) -> None:
+    broken = replace(gpu_check.DRY, small={"broken": Case((1,), (1,), heads=3, kv_heads=2)})
+    lines = gpu_check.run_checks(broken, DryRun())
+    assert lines[0].startswith("| broken | **wrong**: ")
+    assert sum(line.endswith("| right |") for line in lines) == 3
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "many"], ["--context"], ["--models", "70b"], ["--only", "half"]])
@@ -55,7 +86,7 @@ def test_arguments_that_mean_nothing_are_refused(arguments: list[str], capsys: p
 
 
 def test_the_attention_that_is_timed_is_attention() -> None:
-    case = gpu_attention.Decode(1, 20, "cpu")
+    case = gpu_attention.Decode(1, 20, DryRun())
     assert case.bytes == 2 * 20 * 8 * 128 * 2
     expected = case.attend(SdpaBackend(), 0).float()
     torch.testing.assert_close(case.attend(TritonBackend(SMALL), 0).float(), expected, rtol=4e-3, atol=4e-3)

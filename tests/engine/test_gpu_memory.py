@@ -10,8 +10,8 @@ import torch
 from engine.errors import InvalidInput
 from engine.graphs import Computed
 from engine.loading import LoadOptions, load_model
+from tests.engine.fake_device import FakeDevice
 from tests.engine.models import CACHE, reference_model
-from tests.engine.test_graphs import FakeDevice
 
 MIB = 1 << 20
 

@@ -1,6 +1,5 @@
 """Steps that are played back: buckets, buffers and their order on a device that is none, and tokens as without."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,41 +21,8 @@ from engine.graphs import CELLS, Computed, StepGraphs, row_buckets, width_bucket
 from engine.models.build import load_decoder
 from engine.runner import ModelRunner
 from tests.engine.compile_triton import Recorder
+from tests.engine.fake_device import FakeDevice
 from tests.engine.models import backend, reference_model
-
-
-class FakeDevice:
-    """Records by keeping the function; playing it back writes what it makes where the recording's results are."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-        self.pending = False
-
-    def host_buffer(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.int32)
-
-    buffer = host_buffer
-
-    def upload(self, source: Tensor, target: Tensor) -> None:
-        assert not self.pending, "the host buffer is read yet"
-        self.events.append(f"upload {len(source)}")
-        target.copy_(source)
-        self.pending = True
-
-    def uploaded(self) -> None:
-        self.pending = False
-
-    def record(self, run: Callable[[], Computed]) -> tuple[Callable[[], None], Computed]:
-        made = run()
-        number = len([event for event in self.events if event.startswith("record")])
-        self.events.append(f"record {len(made.hidden)}")
-
-        def play() -> None:
-            self.events.append(f"play {number}")
-            again = run()
-            assert again.hidden.data_ptr() == made.hidden.data_ptr()  # nothing has moved
-
-        return play, made
 
 
 def quiet(text: str) -> None:
