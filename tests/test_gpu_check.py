@@ -116,3 +116,15 @@ def test_what_a_step_must_read(name: str, parameters: int) -> None:
     """As many weights as the models are said to have; the larger one's embedding is not its head, and is not read."""
     past = 2 * (16 * 8 * 64 if name == "1b" else 32 * 8 * 128) * 2
     assert gpu_step.step_bytes(gpu_step.MODELS[name], 3, 10) == 2 * parameters + 3 * 10 * past
+
+
+class Elsewhere(DryRun):
+    device = "cuda"
+
+
+@pytest.mark.slow
+def test_on_a_gpu_each_check_is_another_processs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which has none here, and says so of each."""
+    lines = gpu_check.run_checks(replace(gpu_check.DRY, tuned={}), Elsewhere())
+    assert len(lines) == 3
+    assert all("**wrong**: NoGpu(" in line for line in lines)
