@@ -18,8 +18,8 @@
     ├── ModelFailed           the forward pass failed; the session is as before
     └── EngineStopped         stopping or stopped; nothing was applied
 
-A transport maps each leaf to its own status; `None` is never an error here, it means "not now". RanksLost is outside of
-the tree: it is nothing that a caller did, and the engine does not go on after it.
+A transport maps each leaf to its own status; `None` is never an error here, it means "not now". RanksLost and
+DeviceLost are outside of the tree: they are nothing that a caller did, and the engine does not go on after them.
 """
 
 
@@ -126,6 +126,10 @@ class ModelFailed(EngineError):
 
 class EngineStopped(EngineError):
     """The engine is stopping or has stopped; nothing was applied."""
+
+
+class DeviceLost(BaseException):
+    """The device answers nothing any more: a kernel has ruined the process's context on it. No Exception either."""
 
 
 class RanksLost(BaseException):

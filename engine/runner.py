@@ -2,7 +2,7 @@
 
 import contextlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from engine.attention.mask import ragged_bias
 from engine.attention.view import PagedView
 from engine.batch import Array, Batch, Row, RowResult, Sample
 from engine.blocks import NULL_BLOCK, blocks_for
-from engine.errors import DeviceFull
+from engine.errors import DeviceFull, DeviceLost
 from engine.graphs import Computed, GraphDevice, StepGraphs
 from engine.kv_pool import KVPool
 from engine.models.base import Model
@@ -60,7 +60,7 @@ class Together(Protocol):
 
 class ModelRunner:
     """`blocks` counts the null block. With `parallel` the model is cut and the pool holds this rank's heads; `together`
-    is for the rank that runs batches, the others are given plans."""
+    is for the rank that runs batches, the others are given plans. `synchronize` raises where the device is lost."""
 
     def __init__(
         self,
@@ -70,6 +70,7 @@ class ModelRunner:
         block_size: int,
         parallel: Parallel | None = None,
         together: Together | None = None,
+        synchronize: Callable[[], object] | None = None,
     ) -> None:
         self.model = model
         self.backend = backend
@@ -78,6 +79,7 @@ class ModelRunner:
         self._block_size = block_size
         self._ranks = None if parallel is None else parallel.model
         self._together = together or _alone
+        self._synchronize = synchronize or _synchronize
         kv = self.spec.kv
         if self._ranks is not None:
             kv = replace(kv, kv_heads=kv.kv_heads // self._ranks.size)
@@ -85,13 +87,27 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
 
     def run(self, batch: Batch) -> list[RowResult]:
-        """Raises DeviceFull, and what else a model may raise."""
-        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode():
+        """Raises DeviceFull, DeviceLost, and what else a model may raise."""
+        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), self._answering():
             plan = self.plan(batch)
             with self._together("execute", plan):
                 computed = self._execute(plan)
             return self._outputs(batch, computed)
         raise _full()  # out here, with no trace of that error, which would hold what the pass had made
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Raises DeviceLost where the body failed and so would any other from now on."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            try:
+                self._synchronize()
+            except RuntimeError:
+                raise DeviceLost(f"the device does not answer any more: {error}") from error
+            raise
 
     def plan(self, batch: Batch) -> Plan:
         computed = [row for row in batch.rows if row.count or row.queries or row.replay]
@@ -316,6 +332,12 @@ class ModelRunner:
     def _tensor(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(array)
         return to_device(tensor, self.spec.device)
+
+
+def _synchronize() -> None:
+    """Raises RuntimeError where a kernel has failed: each call does from then on."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _full() -> DeviceFull:

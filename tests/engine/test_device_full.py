@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.attention.view import PagedView
 from engine.batch import Append, ExportPast, ImportPast
-from engine.errors import DeviceFull
+from engine.errors import DeviceFull, DeviceLost, ModelFailed
 from engine.layers import MultiHeadAttention
 from engine.models.attention import AttentionModel, attention_spec
 from engine.runner import ModelRunner
@@ -94,3 +94,27 @@ def test_only_what_does_not_fit_alone_is_refused(served: Served) -> None:
     assert [append.future.result(0).valid_length for append in appends[:2]] == [[6], [7]]
     assert isinstance(appends[2].future.exception(0), DeviceFull)
     assert served.engine.session(appends[2].session_id).valid_length == [0]
+
+
+class Faulty(AttentionModel):
+    def forward(self, inputs: dict[str, Tensor], kv: PagedView) -> Tensor:
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_device_that_answers_nothing_any_more_ends_the_engine_and_a_failed_batch_does_not(lost: bool) -> None:
+    def synchronize() -> None:
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    layer = MultiHeadAttention(HIDDEN, 2, compute_dtype=torch.float32).requires_grad_(False).eval()
+    spec = attention_spec("faulty", layer, kv_dtype="float32", max_length=200, fingerprint="")
+    served = Served(ModelRunner(Faulty(spec, layer), backend("sdpa"), 12, 16, synchronize=synchronize))
+    append = Append(served.open(), inputs(5))
+    served.engine.submit(append)
+    if lost:
+        with pytest.raises(DeviceLost, match="does not answer any more: an illegal memory access"):
+            served.engine.run_once()
+    else:
+        served.engine.run_once()
+        assert isinstance(append.future.exception(0), ModelFailed)
