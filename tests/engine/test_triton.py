@@ -140,6 +140,26 @@ def test_a_positions_bits_depend_on_no_chunk(chunks: tuple[int, ...]) -> None:
         at += size
 
 
+@pytest.mark.slow
+def test_blocks_beyond_two_to_the_31_numbers_are_found() -> None:
+    """In pools of 4 GiB each, of which nothing but the last blocks is ever touched."""
+    w = make(Case((20, 5), (1, 4), heads=2, kv_heads=1, dtype=HALF, cache_dtype=HALF, rotary_dim=16))
+    far = (1 << 31) // (16 * 16)
+    pools = [torch.empty(far + len(w.k_blocks), 1, 16, 16, dtype=HALF) for _ in range(2)]
+    for pool, blocks in zip(pools, (w.k_blocks, w.v_blocks), strict=True):
+        pool[far:] = blocks
+    backend = TritonBackend(SMALL)
+    inputs = replace(w.inputs, block_table=w.inputs.block_table + far, slots=w.inputs.slots + far * 16)
+    out = backend.attend(w.q, w.k, w.v, *pools, inputs, w.rotary, w.scoring)
+    expected, keys, values = w.run(backend)
+    assert torch.equal(out, expected)
+    for pool, blocks in zip(pools, (keys, values), strict=True):
+        assert torch.equal(pool[far:].nan_to_num(7), blocks.nan_to_num(7))
+    far_away = backend.probabilities(w.q, pools[0], inputs, w.rotary, w.scoring)
+    near = backend.probabilities(w.q, keys, w.inputs, w.rotary, w.scoring)
+    assert all(torch.equal(*pair) for pair in zip(far_away, near, strict=True))
+
+
 def test_steps_that_the_host_knows_as_such_give_the_same_bits() -> None:
     w = make(CASES["steps"])
     known = replace(w, inputs=replace(w.inputs, steps=True))
