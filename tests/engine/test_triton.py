@@ -150,14 +150,14 @@ def test_blocks_beyond_two_to_the_31_numbers_are_found() -> None:
         pool[far:] = blocks
     backend = TritonBackend(SMALL)
     inputs = replace(w.inputs, block_table=w.inputs.block_table + far, slots=w.inputs.slots + far * 16)
-    out = backend.attend(w.q, w.k, w.v, *pools, inputs, w.rotary, w.scoring)
+    out = backend.attend(w.q, w.k, w.v, pools[0], pools[1], inputs, w.rotary, w.scoring)
     expected, keys, values = w.run(backend)
     assert torch.equal(out, expected)
     for pool, blocks in zip(pools, (keys, values), strict=True):
         assert torch.equal(pool[far:].nan_to_num(7), blocks.nan_to_num(7))
     far_away = backend.probabilities(w.q, pools[0], inputs, w.rotary, w.scoring)
     near = backend.probabilities(w.q, keys, w.inputs, w.rotary, w.scoring)
-    assert all(torch.equal(*pair) for pair in zip(far_away, near, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(far_away, near, strict=True))
 
 
 def test_steps_that_the_host_knows_as_such_give_the_same_bits() -> None:
