@@ -83,8 +83,8 @@ def units() -> dict[str, tuple[str, ...]]:
         f"variant-{name}": ("variant.cpp", f"-DKEYPAST_VARIANT={name}", *VARIANT_FLAGS, *flags)
         for name, flags in variants().items()
     }
-    drivers = {name: (f"{name}.cpp", "-std=c++17", abi) for name in ("drive", "decoder")}
-    return {"bind": ("bind.cpp", "-std=c++20", abi), **drivers, **kernels}
+    others = {name: (f"{name}.cpp", "-std=c++20", abi) for name in ("bind", "drive", "decoder")}
+    return {**others, **kernels}
 
 
 def digest() -> str:

@@ -118,7 +118,7 @@ void decoder(const Decoder& d, int threads) {
   work.gate_up = static_cast<float*>(work.normed) + tokens * d.hidden;
   work.inner = static_cast<float*>(work.gate_up) + tokens * 2 * d.inner;
 #pragma omp parallel num_threads(threads)
-  Runner(work, Member()).run();
+  Runner(work, Member{turns.barrier}).run();
 }
 
 }  // namespace keypast

@@ -292,10 +292,10 @@ void attend(const Attend& a, int threads) {
   make_plan(a, threads, &plan);
   Turns turns;
   float* partials = partial_buffer.reserve(plan.partial_floats);
-  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, partials, &turns, Member{0, 1});
+  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, partials, &turns, Member{turns.barrier, 0, 1});
   const Plan& work = plan;
 #pragma omp parallel num_threads(threads)
-  attend_together(a, work, partials, &turns, Member());
+  attend_together(a, work, partials, &turns, Member{turns.barrier});
 }
 
 void rms_norm(const Norm& a, int threads) {
@@ -324,7 +324,7 @@ void linear(Linear a, int threads) {
   a.scratch = scratch_buffer.reserve(a.scratch_floats());
   Turns turns;
 #pragma omp parallel num_threads(threads)
-  linear_together(a, &turns, Member());
+  linear_together(a, &turns, Member{turns.barrier});
 }
 
 }  // namespace keypast

@@ -1,6 +1,7 @@
 // What the drivers share: memory kept between calls, a thread's part of a team's work, attention as such work.
 #pragma once
 #include <omp.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -27,14 +28,52 @@ struct Buffer {
   }
 };
 
+// Where the threads of a team wait for each other, some ten times a block. Whoever waits looks again and again while all
+// of them run. As soon as one does not, because another process has its core, that would only keep it off this one too,
+// and each wait would cost a time slice, as OpenMP's own does: so it gives way after microseconds, and then sleeps.
+class Barrier {
+ public:
+  void wait(int64_t count) {
+    const uint32_t turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      turn_.notify_all();
+      return;
+    }
+    for (int i = 0; i < kLooks; ++i, pause())
+      if (turn_.load(std::memory_order_acquire) != turn) return;
+    for (int i = 0; i < kYields; ++i, sched_yield())
+      if (turn_.load(std::memory_order_acquire) != turn) return;
+    turn_.wait(turn, std::memory_order_acquire);
+  }
+
+ private:
+  static constexpr int kLooks = 256;   // some 4 microseconds
+  static constexpr int kYields = 256;  // some 80 where nobody else wants the core
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  alignas(64) std::atomic<uint32_t> turn_{0};
+  alignas(64) std::atomic<int64_t> arrived_{0};
+};
+
+// What is next, for whichever thread comes first, and where they wait for each other.
+struct Turns {
+  std::atomic<size_t> task{0}, tile{0};
+  std::atomic<int64_t> block{0};
+  Barrier barrier;
+};
+
 // One thread of those that run a parallel region together.
 struct Member {
+  Barrier& barrier;
   int64_t index = omp_get_thread_num(), count = omp_get_num_threads();
   int64_t begin(int64_t n) const { return n * index / count; }
   int64_t end(int64_t n) const { return n * (index + 1) / count; }
-  void wait() const {  // for all of them
-#pragma omp barrier
-  }
+  void wait() const { barrier.wait(count); }  // for all of them
 };
 
 struct Task {
@@ -48,12 +87,6 @@ struct Plan {
   std::vector<int32_t> members;  // indices of tiles
   std::vector<Task> tasks;
   int64_t cost = 0, most_rows = 0, partial_floats = 0;
-};
-
-// What is next, for whichever thread comes first.
-struct Turns {
-  std::atomic<size_t> task{0}, tile{0};
-  std::atomic<int64_t> block{0};
 };
 
 void check(const Attend& args);  // throws std::invalid_argument
