@@ -285,7 +285,7 @@ def parse_outcomes(response: Response) -> list[AppendResult | StatusError]:
     except wire.WireError as error:
         raise ProtocolError(f"not the reply that was expected: {error}") from None
     results: list[AppendResult | StatusError] = []
-    for told, arrays, _ in outcomes:
+    for told, arrays in outcomes:
         if told.reply is not None:
             results.append(append_result(told.reply, arrays, replayed=told.replayed))
         elif told.problem is not None:

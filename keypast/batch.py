@@ -25,7 +25,6 @@ from keypast.wire import (
     MalformedError,
     WireError,
     binary_append,
-    check_finite,
     dump_tensors,
     encode_tensor,
     is_safetensors,
@@ -46,10 +45,18 @@ class Step(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """`arrays` are the reply's outputs; in JSON they go in `form`."""
+    """As read; `arrays` are the reply's outputs."""
 
     told: BatchOutcome
     arrays: dict[str, Array]
+
+
+class Told(NamedTuple):
+    """As written: the fields of a BatchOutcome, plain and without None, since a model of each would cost as much as its
+    step; `arrays` go in `form` where the reply is JSON."""
+
+    item: dict[str, Any]
+    arrays: Mapping[str, Array]
     form: Form = "base64"
 
 
@@ -57,6 +64,7 @@ def read_steps(content_type: str | None, body: bytes, limit: int) -> list[Step]:
     """The items, each read by itself. Raises WireError and its children for what is no list of 1 to `limit` items."""
     if not is_safetensors(content_type):
         return [_step(item, None) for item in _checked(validated(BatchSteps, body), limit)]
+    # whether they are finite is looked at where they are admitted
     arrays, _ = load_tensors(body, finite=False)
     items = _checked(validated(BatchSteps, {ITEMS: _list_of(arrays)}), limit)
     return [_step(item, own) for item, own in zip(items, _shared_out(arrays, len(items)), strict=True)]
@@ -72,14 +80,13 @@ def write_steps(steps: Sequence[tuple[BatchStep, Mapping[str, Array]]], *, binar
     return Encoded(to_json({ITEMS: items}), JSON_TYPE, {}, {})
 
 
-def write_outcomes(outcomes: Sequence[Outcome], *, binary: bool) -> Encoded:
-    items = [outcome.told.model_dump(exclude_none=True) for outcome in outcomes]
+def write_outcomes(outcomes: Sequence[Told], *, binary: bool) -> Encoded:
     if binary:
-        return _file(items, [outcome.arrays for outcome in outcomes])
-    for item, (_, arrays, form) in zip(items, outcomes, strict=True):
+        return _file([outcome.item for outcome in outcomes], [outcome.arrays for outcome in outcomes])
+    for item, arrays, form in outcomes:
         if "reply" in item:
             item["reply"]["outputs"] |= {name: encode_tensor(array, form) for name, array in arrays.items()}
-    return Encoded(to_json({ITEMS: items}), JSON_TYPE, {}, {})
+    return Encoded(to_json({ITEMS: [outcome.item for outcome in outcomes]}), JSON_TYPE, {}, {})
 
 
 def read_outcomes(content_type: str | None, body: bytes) -> list[Outcome]:
@@ -99,8 +106,6 @@ def _step(item: Any, arrays: dict[str, Array] | None) -> Step:  # noqa: ANN401 -
         if arrays is None or not isinstance(item, dict):
             body = json_append(validated(BatchStep, item))
         else:
-            for name, array in arrays.items():
-                check_finite(name, array)
             body = binary_append(BatchStep, item, arrays)
     except WireError as error:
         return Step(session_id if isinstance(session_id, str) else None, error)

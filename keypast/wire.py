@@ -284,7 +284,7 @@ def digest(arrays: Mapping[str, Array]) -> str:
     hashed = hashlib.sha256()
     for name in sorted(arrays):
         array = plain_array(name, arrays[name])
-        hashed.update(f"{name} {array.dtype.name} {','.join(map(str, array.shape))}\n".encode())
+        hashed.update(f"{name} {_name(array)} {','.join(map(str, array.shape))}\n".encode())
         hashed.update(raw_bytes(array))
     return f"sha256:{hashed.hexdigest()}"
 

@@ -1,6 +1,7 @@
 """transformers' own ways to generate, on the same bfloat16 weights: a JSON request a line in, a JSON reply out.
 
-    eager, compiled   a greedy loop of `model(...)` with a StaticCache, as `generate` runs it; through torch.compile
+    generate          `generate`, greedy, with a StaticCache
+    eager, compiled   the same as a loop of `model(...)`, without what `generate` does around it; through torch.compile
     continuous        `generate_batch`, its continuous batching over a paged cache
 
 {"way": "eager", "sessions": 16, "context": 256}   -> {"step_ms": ..}   median; of continuous batching the mean
@@ -10,6 +11,7 @@ import logging
 import statistics
 import time
 from functools import cache as once
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,38 @@ def load() -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
 
 
-class Transformers:
+class Generate(transformers.generation.BaseStreamer):  # type: ignore[misc]
+    """It is its own streamer: it is given the prompts, then each step's tokens."""
+
+    def __init__(self) -> None:
+        self.model = load()
+        self._arrivals: list[float] = []
+
+    def put(self, value: object) -> None:
+        self._arrivals.append(time.perf_counter())
+
+    def end(self) -> None: ...
+
+    def step_ms(self, sessions: int, context: int) -> float:
+        """Median of steps of one batch whose rows are all `context` long."""
+        self._arrivals = []
+        ids = torch.tensor([prompt(seed, context) for seed in range(sessions)])
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=STEPS + 1,
+            min_new_tokens=STEPS + 1,
+            do_sample=False,
+            cache_implementation="static",
+            pad_token_id=0,
+            streamer=self,
+        )
+        tokens = self._arrivals[1:]
+        assert len(tokens) == STEPS + 1, f"{len(tokens)} tokens"
+        return statistics.median((after - before) * 1e3 for before, after in pairwise(tokens))
+
+
+class Loop:
     def __init__(self, compiled: bool) -> None:
         self.model = load()
         self._call: Any = torch.compile(self.model, fullgraph=True) if compiled else self.model
@@ -95,8 +128,10 @@ class ContinuousBatching:
 
 
 @once
-def peer(way: str) -> Transformers | ContinuousBatching:
-    return ContinuousBatching() if way == "continuous" else Transformers(way == "compiled")
+def peer(way: str) -> Generate | Loop | ContinuousBatching:
+    if way == "generate":
+        return Generate()
+    return ContinuousBatching() if way == "continuous" else Loop(way == "compiled")
 
 
 def main() -> None:

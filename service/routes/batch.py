@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request, Response
 
 from engine.batch import Append, AppendResult
 from engine.errors import EngineError, InvalidInput
-from keypast.batch import Outcome, Step, read_steps, write_outcomes
-from keypast.schemas import BatchOutcome, BatchStep
+from keypast.batch import Step, Told, read_steps, write_outcomes
+from keypast.schemas import BatchStep
 from keypast.wire import Encoded, Form, WireError, is_safetensors, parse_key, reply_form
 from service.auth import Tenant
 from service.errors import note, problem_of
@@ -17,7 +17,7 @@ from service.lifecycle import Service, service_of
 from service.limits import body_limit, read_body
 from service.once import once_of_step
 from service.openapi import batch_reply, batch_request, problems
-from service.routes.inference import append_of, coded, reply_of, size_of
+from service.routes.inference import append_of, arrays_of, coded, outputs_of, size_of, told_of
 from service.text import TextModel
 
 logger = logging.getLogger("keypast.service")
@@ -55,7 +55,7 @@ async def batch_step(request: Request, tenant: Tenant) -> Response:
     reply: Encoded = await coded(
         size,
         lambda: write_outcomes(
-            [_outcome(request, one, result) for one, result in zip(asked, ended, strict=True)], binary=binary
+            [_told(request, one, result) for one, result in zip(asked, ended, strict=True)], binary=binary
         ),
     )
     return Response(reply.body, 200, None, reply.content_type)
@@ -92,7 +92,8 @@ def _asked(service: Service, tenant: str, request: Request, step: Step, seen: di
     return _Asked(session_id, body.form, text, operation)
 
 
-def _outcome(request: Request, asked: _Asked, result: AppendResult | Exception) -> Outcome:
+def _told(request: Request, asked: _Asked, result: AppendResult | Exception) -> Told:
+    named = {} if asked.session_id is None else {"session_id": asked.session_id}
     if isinstance(result, Exception):
         request_id = request.state.request_id
         if not isinstance(result, EngineError | WireError):
@@ -100,10 +101,10 @@ def _outcome(request: Request, asked: _Asked, result: AppendResult | Exception) 
         path = None if asked.session_id is None else f"/v1/sessions/{quote(asked.session_id, safe='')}/step"
         problem = problem_of(result, path, request_id)
         note(request, problem)
-        return Outcome(BatchOutcome(session_id=asked.session_id, status=problem.status, problem=problem), {})
-    reply, arrays = reply_of(result, asked.text)
-    form = "base64" if asked.form == "safetensors" else asked.form
+        failed = {"status": problem.status, "replayed": False, "problem": problem.model_dump(exclude_none=True)}
+        return Told(named | failed, {})
     once = asked.operation.once if isinstance(asked.operation, Append) else None
     replayed = once is not None and once.replayed
-    told = BatchOutcome(session_id=asked.session_id, status=200, replayed=replayed, reply=reply)
-    return Outcome(told, arrays, form)
+    reply = {"outputs": outputs_of(result, asked.text), **told_of(result)}
+    form = "base64" if asked.form == "safetensors" else asked.form
+    return Told({**named, "status": 200, "replayed": replayed, "reply": reply}, arrays_of(result), form)

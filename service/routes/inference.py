@@ -142,12 +142,12 @@ def append_of(
 
 
 def _write(result: AppendResult, text: TextModel | None, form: Form) -> Encoded:
-    return write_reply(told_of(result), _outputs(result, text), arrays_of(result), form)
+    return write_reply(told_of(result), outputs_of(result, text), arrays_of(result), form)
 
 
 def reply_of(result: AppendResult, text: TextModel | None) -> tuple[AppendReply, dict[str, Array]]:
     """And its arrays by name."""
-    return AppendReply(outputs=Outputs(**_outputs(result, text)), **told_of(result)), arrays_of(result)
+    return AppendReply(outputs=Outputs(**outputs_of(result, text)), **told_of(result)), arrays_of(result)
 
 
 def told_of(result: AppendResult | GenerateResult) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def arrays_of(result: AppendResult) -> dict[str, Array]:
     return {name: value for name, value in outputs if isinstance(value, np.ndarray) and name != "token_logprobs"}
 
 
-def _outputs(result: AppendResult, text: TextModel | None) -> dict[str, Any]:
+def outputs_of(result: AppendResult, text: TextModel | None) -> dict[str, Any]:
     """Those fields of an Outputs that are there and no arrays. A row that appended nothing has None in the engine's
     lists."""
 

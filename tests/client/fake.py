@@ -310,7 +310,7 @@ class FakeService:
                 told.reply.outputs.attn_out = told.reply.outputs.logits = None
             else:
                 told.problem = schemas.Problem.model_validate_json(answer.content)
-            outcomes.append(batch.Outcome(told, outputs))
+            outcomes.append(batch.Told(told.model_dump(exclude_none=True), outputs))
         binary = request.headers.get("Accept") == wire.SAFETENSORS_TYPE
         written = batch.write_outcomes(outcomes, binary=binary)
         return httpx.Response(200, headers={"Content-Type": written.content_type}, content=written.body)
