@@ -22,16 +22,13 @@ import sys
 import threading
 import time
 import urllib.request
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import service.__main__ as service_main
-from benchmarks.peers.compare import RESULTS
+from benchmarks.peers.compare import conclude
 from benchmarks.peers.servers import ROOT, free_port
-from keypast._machine import processor
 from service.lifecycle import Loaded, Progress
 from service.settings import Settings, read_settings
 
@@ -138,11 +135,7 @@ def main() -> None:
         summary["holds"]["the engine's books agree, and the server ends with 0"] = server.wait(60) == 0
     finally:
         server.kill()
-    line = json.dumps(summary)
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{summary['date']}-soak.json").write_text(line + "\n")
-    print(line)
+    conclude("soak", {}, summary, options.save)
     failed = [name for name, holds in summary["holds"].items() if not holds]
     if failed:
         sys.exit(f"does not hold: {', '.join(failed)}")
@@ -169,10 +162,6 @@ def soak(port: int, server: "subprocess.Popen[bytes]", minutes: float, rate: flo
     print(f"resident, MiB, by the minute: pools {pools}, all else {rest}")
     print(f"left: {left}")
     return {
-        "benchmark": "soak",
-        "date": date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": {"torch": version("torch")},
         "rate": rate,
         "minutes": minutes,
         "resident_mib": {"before": list(map(round, before)), "pools": pools, "rest": rest},

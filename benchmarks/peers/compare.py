@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from keypast._machine import processor
 
@@ -75,13 +76,19 @@ def median_ms(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def report(benchmark: str, results: list[Pairs], versions: dict[str, str], save: bool) -> None:
+    """`conclude` with what was compared."""
+    told = [{**asdict(pairs), "ratio": round(pairs.ratio, 3)} for pairs in results]
+    conclude(benchmark, versions, {"results": told}, save)
+
+
+def conclude(benchmark: str, versions: dict[str, str], told: dict[str, Any], save: bool) -> None:
     """The last line, and with `save` the same under benchmarks/results."""
     summary = {
         "benchmark": benchmark,
         "date": date.today().isoformat(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": {"torch": version("torch"), **versions},
-        "results": [{**asdict(pairs), "ratio": round(pairs.ratio, 3)} for pairs in results],
+        **told,
     }
     line = json.dumps(summary)
     if save:

@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Self
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.peers.servers import ROOT
+
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _OURS = (HUGE_PAGES, "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY")
 
