@@ -286,6 +286,7 @@ class Books:
         served.gather.arrived(session)
         positions = sum(session.valid_length)
         blocks = [block for sequence in session.sequences for block in sequence.block_table]
+        blocks += served.scheduler.hand_over(session)
         self._store.close(session, reason, tombstone=tombstone)
         self.events.emit(reason, session)
         self._tenants.add(session.tenant, sessions=-1, pinned=-int(session.pinned))

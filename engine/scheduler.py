@@ -64,6 +64,15 @@ class Scheduler:
         """(tenant, blocks)"""
         return [(work.session.tenant, [shared for shared, _ in work.copies]) for work in self._queue]
 
+    def hand_over(self, session: Session) -> list[int]:
+        """The blocks that its work holds beside its tables; whoever calls releases them."""
+        held = []
+        for work in self._queue:
+            if work.session is session:
+                held += [shared for shared, _ in work.copies]
+                work.copies.clear()
+        return held
+
     def __len__(self) -> int:
         return len(self._queue)
 

@@ -569,12 +569,16 @@ def test_deleting_under_a_running_append_ends_it(house: House) -> None:
 def test_deleting_between_leaving_a_shared_block_and_its_copy(house: House) -> None:
     parent = house.open([5] * 20)
     child = house.engine.fork(parent)[0].id
+    house.engine.fork(parent, at=16)
     house.runner.poison = 66
     mate = house.open([1])
     house.submit(child, [7])
     house.submit(mate, [66])
     house.engine.run_once()  # both fail and will be tried alone
-    house.engine.delete_session(child)
+    assert house.engine.session(parent).shared_blocks == 2
+    assert house.engine.delete_session(child) == Receipt(child, 20, 512, 1, 2)
+    assert house.engine.session(parent).shared_blocks == 1  # and not at the next pass only
+    house.engine.check()
     house.run()
     assert house.append(parent, [6], want=DRAW).outputs["next_token"] == [next_token([5] * 20 + [6])]
 
