@@ -31,6 +31,8 @@ constexpr int64_t kStepsPerThread = 8;      // a linear's outputs are taken in s
 constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
+constexpr int64_t kSerialProducts = 1 << 21;  // likewise for linears, where to read a weight is worth kReadWeight of them
+constexpr int64_t kReadWeight = 3;
 
 std::vector<const Variant*> find_variants() {
   std::vector<const Variant*> found;
@@ -323,6 +325,8 @@ void linear_together(const Linear& a, Turns* turns, const Member& me) {
 void linear(Linear a, int threads) {
   a.scratch = scratch_buffer.reserve(a.scratch_floats());
   Turns turns;
+  if (threads == 1 || a.weight.in * a.weight.out * (a.rows + kReadWeight) < kSerialProducts)
+    return linear_together(a, &turns, Member{turns.barrier, 0, 1});
 #pragma omp parallel num_threads(threads)
   linear_together(a, &turns, Member{turns.barrier});
 }
