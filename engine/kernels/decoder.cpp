@@ -110,7 +110,7 @@ void decoder(const Decoder& d, int threads) {
   static thread_local Plan plan;  // keeps its vectors' memory
   check(d.attend);
   make_plan(d.attend, threads, &plan);
-  Turns turns;
+  Turns turns(threads);
   Work work{d, plan, partial_buffer.reserve(plan.partial_floats), &turns};
   const int64_t tokens = d.attend.tokens;
   work.inputs = input_buffer.reserve(most_scratch(d.blocks[0], tokens));

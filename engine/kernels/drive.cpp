@@ -27,7 +27,8 @@ constexpr int64_t kReadCost = 6;            // reading and converting one key, i
 constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's share over this are split by chunks
 constexpr int64_t kJointPerThread = 4;      // tiles attended together that cost more than this share are taken apart
 constexpr int64_t kLeastShared = 64;        // keys of a chunk that rows must have in common to be attended together
-constexpr int64_t kStepsPerThread = 8;      // a linear's outputs are taken in so many steps, whoever is free
+constexpr int64_t kStepsOfFew = 64;         // a linear's outputs are taken in up to so many steps a thread
+constexpr int64_t kStepsOfMany = 8;         // likewise for more than kRowsAtOnce: all their inputs pass by at each step
 constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
@@ -275,16 +276,18 @@ void attend_together(const Attend& a, const Plan& plan, float* partials, Turns* 
   const Variant& kernels = chosen();
   float* scratch = scratch_buffer.reserve(kernels.scratch_size(a, plan.most_rows));
   kernels.write(a, me.begin(a.written), me.end(a.written), scratch);
-  if (me.index == 0) turns->task = 0, turns->tile = 0, clear_padding(a);
+  if (me.index == 0) clear_padding(a);
+  turns->tasks.deal(me, plan.tasks.size());
+  turns->tiles.deal(me, plan.tiles.size());
   me.wait();
-  for (size_t t; (t = turns->task.fetch_add(1)) < plan.tasks.size();) {
+  for (int64_t t; (t = turns->tasks.take(me)) >= 0;) {
     const Task& task = plan.tasks[t];
     const Company company = {plan.tiles.data(), plan.members.data() + task.first, task.count};
     kernels.attend(a, company, task.begin, task.end, scratch, partials);
   }
   if (!plan.partial_floats) return;
   me.wait();
-  for (size_t t; (t = turns->tile.fetch_add(1)) < plan.tiles.size();)
+  for (int64_t t; (t = turns->tiles.take(me)) >= 0;)
     if (plan.tiles[t].partials >= 0) kernels.merge(a, plan.tiles[t], scratch, partials);
 }
 
@@ -292,7 +295,7 @@ void attend(const Attend& a, int threads) {
   check(a);
   static thread_local Plan plan;  // keeps its vectors' memory
   make_plan(a, threads, &plan);
-  Turns turns;
+  Turns turns(threads);
   float* partials = partial_buffer.reserve(plan.partial_floats);
   if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, partials, &turns, Member{turns.barrier, 0, 1});
   const Plan& work = plan;
@@ -313,18 +316,19 @@ void silu_gate(const Gate& a, int threads) {
 void linear_together(const Linear& a, Turns* turns, const Member& me) {
   const Variant& kernels = chosen();
   kernels.prepare(a, me.begin(a.rows), me.end(a.rows));
-  if (me.index == 0) turns->block = 0;
+  const int64_t blocks = a.weight.blocks(), steps = a.rows > kRowsAtOnce ? kStepsOfMany : kStepsOfFew;
+  const int64_t step = std::max<int64_t>(1, blocks / (me.count * steps));
+  turns->blocks.deal(me, (blocks + step - 1) / step);
   me.wait();
-  const int64_t blocks = a.weight.blocks(), step = std::max<int64_t>(1, blocks / (me.count * kStepsPerThread));
-  for (int64_t begin; (begin = turns->block.fetch_add(step)) < blocks;)
+  for (int64_t i; (i = turns->blocks.take(me)) >= 0;)
     for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
-      kernels.multiply(a, begin, std::min(blocks, begin + step), row, std::min(a.rows, row + kRowsAtOnce));
+      kernels.multiply(a, i * step, std::min(blocks, (i + 1) * step), row, std::min(a.rows, row + kRowsAtOnce));
   me.wait();
 }
 
 void linear(Linear a, int threads) {
   a.scratch = scratch_buffer.reserve(a.scratch_floats());
-  Turns turns;
+  Turns turns(threads);
   if (threads == 1 || a.weight.in * a.weight.out * (a.rows + kReadWeight) < kSerialProducts)
     return linear_together(a, &turns, Member{turns.barrier, 0, 1});
 #pragma omp parallel num_threads(threads)

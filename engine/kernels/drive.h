@@ -60,13 +60,6 @@ class Barrier {
   alignas(64) std::atomic<int64_t> arrived_{0};
 };
 
-// What is next, for whichever thread comes first, and where they wait for each other.
-struct Turns {
-  std::atomic<size_t> task{0}, tile{0};
-  std::atomic<int64_t> block{0};
-  Barrier barrier;
-};
-
 // One thread of those that run a parallel region together.
 struct Member {
   Barrier& barrier;
@@ -74,6 +67,44 @@ struct Member {
   int64_t begin(int64_t n) const { return n * index / count; }
   int64_t end(int64_t n) const { return n * (index + 1) / count; }
   void wait() const { barrier.wait(count); }  // for all of them
+};
+
+// The numbers [0, n), dealt to a team. Each member takes those of its own part from the front, so that what it reads lies
+// side by side and is fetched ahead for nobody else; then those that others have left, from the back.
+class Shares {
+ public:
+  explicit Shares(int64_t members) : parts_(members) {}
+  // By every member, once all have waited since they took the last.
+  void deal(const Member& me, int64_t n) {
+    parts_[me.index].range.store(static_cast<uint64_t>(me.begin(n)) << 32 | me.end(n), std::memory_order_release);
+  }
+  // -1: there are none left.
+  int64_t take(const Member& me) {
+    int64_t taken = -1;
+    for (int64_t i = 0; i < me.count && taken < 0; ++i) taken = parts_[(me.index + i) % me.count].take(i == 0);
+    return taken;
+  }
+
+ private:
+  struct alignas(64) Part {
+    std::atomic<uint64_t> range{0};  // its first number in the upper half, its end in the lower
+    int64_t take(bool front) {
+      uint64_t now = range.load(std::memory_order_acquire);
+      while (now >> 32 < static_cast<uint32_t>(now)) {
+        const uint64_t then = front ? now + (uint64_t{1} << 32) : now - 1;
+        if (range.compare_exchange_weak(now, then)) return front ? now >> 32 : static_cast<uint32_t>(then);
+      }
+      return -1;
+    }
+  };
+  std::vector<Part> parts_;
+};
+
+// What there is to do, and where the members wait for each other.
+struct Turns {
+  explicit Turns(int64_t members) : tasks(members), tiles(members), blocks(members) {}
+  Shares tasks, tiles, blocks;
+  Barrier barrier;
 };
 
 struct Task {
