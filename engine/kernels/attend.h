@@ -8,7 +8,8 @@
 // What a row starts from are the layer's own keys, chunks that come before the first one of the past.
 // Several batch rows' tiles may be attended as one. Of a chunk, the keys that lie in the same blocks for all of them
 // are attended by all groups; then each tile attends to the keys behind those, its tail.
-// Each row's own sequence of operations is the same whatever else is in the tile.
+// Small tiles of one row's kv heads take turns, 16 keys each: a block holds all heads' keys one behind the other.
+// Each row's own sequence of operations is the same whatever else is in the tile, or beside it.
 #pragma once
 #include "products.h"
 
@@ -16,6 +17,8 @@ namespace keypast::KEYPAST_VARIANT {
 
 constexpr int kRows = kMostRows;  // per group: 6 x 4 accumulators, 4 keys and a broadcast fill 32 registers
 constexpr int kVecs = kChunk / kLanes;
+constexpr int kAhead = 4;  // vectors of keys or values between fetching and reading them
+constexpr int kAheadAside = 1;  // likewise where others are read in between
 constexpr int kTokensAhead = 4;  // tokens between fetching and reading q, k and v
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2E = 1.4426950408889634f;
@@ -258,12 +261,14 @@ static void finish(const View& t, const Partial& state) {
 }
 
 // Where one chunk's keys and values are read from, 16 keys at a time: the cache itself, or packed copies as floats.
-// `keys` and `values` lie in the order of reading, so that what is read kAhead vectors later stands kAhead further on.
+// `keys` and `values` lie in the order of reading: what is read `ahead` vectors later stands `ahead` further on.
 template <class T>
 struct Source {
   const T* order[2 * kVecs + kAhead];
   const T **keys, **values;
   int64_t key_stride, value_stride;  // from channel to channel, from key to key
+  int begin = 0;                     // the key of the chunk that these start with
+  int ahead = kAhead;                // at most; how far to fetch
 };
 
 // Keys from `start` on as a tile's table places them. `seen` is how far a task's keys go: behind these vectors come the
@@ -317,13 +322,13 @@ static void pack_vecs(const View& t, const Source<T>& from, int keys, const Scra
   auto to = packed<Products>(s.keys);
   for (int i = 0; i * kLanes < keys; ++i)
     for (int64_t d = 0; d < t.dim; d += kStep, to += kLanes) {
-      __builtin_prefetch(from.keys[i + kAhead] + d * stride);
+      __builtin_prefetch(from.keys[i + from.ahead] + d * stride);
       Products::put_channels(from.keys[i] + d * stride, stride, at_most_two(t.dim - d), to);
     }
   to = packed<Products>(s.values);
   for (int j = 0; j < keys; j += kStep, to += t.width) {
     const T* row = from.values[j / kLanes] + j % kLanes * from.value_stride;
-    const T* later = from.values[j / kLanes + kAhead] + j % kLanes * from.value_stride;
+    const T* later = from.values[j / kLanes + from.ahead] + j % kLanes * from.value_stride;
     for (int64_t i = 0; i < t.dim; i += kLanes) {
       __builtin_prefetch(later + i * kStep);
       Products::put_values(row + i, from.value_stride, (int)least(kLanes, t.dim - i), to + i);
@@ -369,7 +374,8 @@ static void score_span(const View& t, const Span& span, const Source<T>& source,
       if (vecs <= 0) return;
       sized((int)(end - row), [&](auto m) {
         const auto queries = packed<Products>(s.queries) + first * steps_of<Products>(t.dim) + (row - first);
-        score_group<Products, m.value, kFetch>(queries, size, source.keys + panel, source.key_stride, t.dim,
+        const T* const* keys = source.keys + (span.begin - source.begin) / kLanes + panel;
+        score_group<Products, m.value, kFetch>(queries, size, keys, source.ahead, source.key_stride, t.dim,
                                                vecs < kPanel ? vecs : kPanel,
                                                s.scores + row * kChunk + span.begin + panel * kLanes);
       });
@@ -397,8 +403,9 @@ static void value_span(const View& t, const Span& span, const Source<T>& source,
     int whole = until;
     for (int64_t i = row; i < end; ++i) whole = (int)least(whole, s.whole[i]);
     const Keys keys = {span.begin, (int)most(span.begin, whole), until};
+    const T* const* values = source.values + (span.begin - source.begin) / kLanes;
     sized((int)(end - row), [&](auto m) {
-      value_group<Products, m.value, kFetch>(s.scores + row * kChunk, source.values, source.value_stride, keys,
+      value_group<Products, m.value, kFetch>(s.scores + row * kChunk, values, source.ahead, source.value_stride, keys,
                                              part.values + row * t.width, t.width);
     });
   });
@@ -415,24 +422,51 @@ static void each_tail(const View& t, const Span& chunk, int common, F f) {
     Source<T> source;
     const int64_t start = chunk.start + common;
     locate(t, t.table(m), start, (until - common + kLanes - 1) / kLanes, chunk.start + until, &source);
+    source.begin = common;
     f(Span{row, end, chunk.start, common, until}, source);
   }
 }
 
-// Attends to a chunk of which `source` has the first `common` keys; T is what the cache holds.
+// One of those that attend to the same keys side by side, each for its head: its rows and where they work.
+struct Side {
+  View t;
+  Scratch s;
+  Partial part;
+};
+
+// Calls f with each side and the keys [begin, until) that are its next. Several sides read one run of memory together,
+// which comes faster than its pieces would.
+template <class F>
+static void in_turns(const Side* sides, int64_t count, int keys, F f) {
+  const int stride = count > 1 ? kLanes : kChunk;
+  for (int begin = 0; begin < keys; begin += stride)
+    for (int64_t i = 0; i < count; ++i) f(i, begin, (int)least(begin + stride, keys));
+}
+
+// Attends to a chunk of which each side's `source` has the first `common` keys; T is what the cache holds.
 template <class Products, bool kFetch, class T, class From>
-static void attend_chunk(const View& t, const Span& chunk, int common, const Source<From>& source, const Scratch& s,
-                         const Partial& part) {
-  const Span all = {chunk.first, chunk.end, chunk.start, 0, common};
-  score_span<Products, kFetch>(t, all, source, s);
-  each_tail<T>(t, chunk, common, [&](const Span& tail, const Source<T>& own) {
-    score_span<Products, true>(t, tail, own, s);
+static void attend_chunk(Side* sides, int64_t count, const Span& chunk, int common, const Source<From>* sources) {
+  in_turns(sides, count, common, [&](int64_t i, int begin, int until) {
+    const Span some = {chunk.first, chunk.end, chunk.start, begin, until};
+    score_span<Products, kFetch>(sides[i].t, some, sources[i], sides[i].s);
   });
-  soften_rows<Products>(t, chunk, s, part);
-  value_span<Products, kFetch>(t, all, source, s, part);
-  each_tail<T>(t, chunk, common, [&](const Span& tail, const Source<T>& own) {
-    value_span<Products, true>(t, tail, own, s, part);
+  for (int64_t i = 0; i < count; ++i) {
+    const Side& side = sides[i];
+    each_tail<T>(side.t, chunk, common, [&](const Span& tail, const Source<T>& own) {
+      score_span<Products, true>(side.t, tail, own, side.s);
+    });
+    soften_rows<Products>(side.t, chunk, side.s, side.part);
+  }
+  in_turns(sides, count, common, [&](int64_t i, int begin, int until) {
+    const Span some = {chunk.first, chunk.end, chunk.start, begin, until};
+    value_span<Products, kFetch>(sides[i].t, some, sources[i], sides[i].s, sides[i].part);
   });
+  for (int64_t i = 0; i < count; ++i) {
+    const Side& side = sides[i];
+    each_tail<T>(side.t, chunk, common, [&](const Span& tail, const Source<T>& own) {
+      value_span<Products, true>(side.t, tail, own, side.s, side.part);
+    });
+  }
 }
 
 template <class Products>
@@ -458,7 +492,8 @@ static void begin_rows(const View& t, const T*, const Scratch& s) {
     Source<typename Products::Packed> copies;
     pack_extras<Products>(own, start, keys, s);
     locate_packed<Products>(own, (keys + kLanes - 1) / kLanes, s, &copies);
-    attend_chunk<Products, false, T>(own, {0, t.rows, start, 0, keys}, keys, copies, s, s.part);
+    Side side{own, s, s.part};
+    attend_chunk<Products, false, T>(&side, 1, {0, t.rows, start, 0, keys}, keys, &copies);
     merge_into(s.state, s.part, t.rows, t.width);
   }
 }
@@ -481,37 +516,53 @@ static void hand_out(const View& t, int chunk, const Partial& part, float* parti
 }
 
 template <class Products, class T>
-static void attend_as(const Attend& a, const T* pool, const Company& company, int begin, int end, float* scratch,
-                      float* partials) {
-  const View t(a, company);
-  const Scratch s(scratch, t.rows, t.dim, t.width);
+static void attend_as(const Attend& a, const T* pool, const Company* companies, int64_t count, int begin, int end,
+                      float* scratch, float* partials) {
+  const auto side = [&](int64_t i) {
+    const View t(a, companies[least(i, count - 1)]);
+    const Scratch s(scratch + i * Scratch::size(t.rows, t.dim, t.width), t.rows, t.dim, t.width);
+    return Side{t, s, s.part};
+  };
+  Side sides[] = {side(0), side(1), side(2), side(3)};
+  static_assert(sizeof sides == kBeside * sizeof(Side));
+  const View& t = sides[0].t;
   const bool even = a.block_size % kLanes == 0;  // no vector of keys crosses a block's end
   const bool direct = even && t.dim == t.width && (t.rows <= Products::direct_rows || sizeof(T) == sizeof(float));
-  const bool alone = company.count == 1, finished = t.tile(0).partials < 0;
+  const bool alone = t.company.count == 1, finished = t.tile(0).partials < 0;
   const int64_t seen = least((int64_t)end * kChunk, t.limit(0, t.rows));
-  load_queries<Products>(t, s);
-  if (finished) begin_rows<Products>(t, pool, s);
+  for (Side* own = sides; own < sides + count; ++own) {
+    load_queries<Products>(own->t, own->s);
+    if (finished) begin_rows<Products>(own->t, pool, own->s);
+  }
   for (int chunk = begin; chunk < end; ++chunk) {
     const int64_t start = (int64_t)chunk * kChunk;
     const int keys = (int)least(kChunk, seen - start), common = t.common(start, keys);
     const int vecs = (common + kLanes - 1) / kLanes;
     const Span all = {0, t.rows, start, 0, keys};
-    const Partial part = finished || !alone ? s.part : place_of(t, 0, chunk, partials);
-    Source<T> source;
-    if (even) locate(t, t.table(0), start, vecs, common == keys ? seen : start + common, &source);
-    if (direct) {
-      attend_chunk<Products, true, T>(t, all, common, source, s, part);
-    } else {
-      Source<typename Products::Packed> copies;
-      if (even) pack_vecs<Products>(t, source, common, s);
-      else pack_keys<Products, T>(t, start, common, s);
-      locate_packed<Products>(t, vecs, s, &copies);
-      attend_chunk<Products, false, T>(t, all, common, copies, s, part);
+    Source<T> sources[kBeside];
+    for (int64_t i = 0; i < count; ++i) {
+      const View& own = sides[i].t;
+      if (!finished && alone) sides[i].part = place_of(own, 0, chunk, partials);
+      if (count > 1) sources[i].ahead = kAheadAside;
+      if (even) locate(own, own.table(0), start, vecs, common == keys ? seen : start + common, &sources[i]);
     }
-    if (finished) merge_into(s.state, part, t.rows, t.width);
-    else if (!alone) hand_out(t, chunk, part, partials);
+    if (direct) {
+      attend_chunk<Products, true, T>(sides, count, all, common, sources);
+    } else {
+      Source<typename Products::Packed> copies[kBeside];
+      for (int64_t i = 0; i < count; ++i) {
+        if (even) pack_vecs<Products>(sides[i].t, sources[i], common, sides[i].s);
+        else pack_keys<Products, T>(sides[i].t, start, common, sides[i].s);
+        locate_packed<Products>(sides[i].t, vecs, sides[i].s, &copies[i]);
+      }
+      attend_chunk<Products, false, T>(sides, count, all, common, copies);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (finished) merge_into(sides[i].s.state, sides[i].part, t.rows, t.width);
+      else if (!alone) hand_out(sides[i].t, chunk, sides[i].part, partials);
+    }
   }
-  if (finished) finish(t, s.state);
+  for (int64_t i = 0; finished && i < count; ++i) finish(sides[i].t, sides[i].s.state);
 }
 
 // ---- what the driver calls ----
@@ -540,9 +591,10 @@ static void with_products(const Attend& a, F f) {
 }
 
 template <bool kBf16>
-static void attend(const Attend& a, const Company& company, int begin, int end, float* scratch, float* partials) {
+static void attend(const Attend& a, const Company* companies, int64_t count, int begin, int end, float* scratch,
+                   float* partials) {
   with_products<kBf16>(a, [&](auto products, auto* pool) {
-    attend_as<decltype(products)>(a, pool, company, begin, end, scratch, partials);
+    attend_as<decltype(products)>(a, pool, companies, count, begin, end, scratch, partials);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "drive.h"
 
@@ -24,12 +25,13 @@ extern const Variant table;
 namespace {
 
 constexpr int64_t kReadCost = 6;            // reading and converting one key, in rows attending to it
-constexpr int64_t kTasksPerThread = 16;     // tiles costlier than a thread's share over this are split by chunks
+constexpr int64_t kTasksPerThread = 5;      // tiles costlier than a thread's share over this are split by chunks
 constexpr int64_t kJointPerThread = 4;      // tiles attended together that cost more than this share are taken apart
 constexpr int64_t kLeastShared = 64;        // keys of a chunk that rows must have in common to be attended together
 constexpr int64_t kStepsOfFew = 64;         // a linear's outputs are taken in up to so many steps a thread
 constexpr int64_t kStepsOfMany = 8;         // likewise for more than kRowsAtOnce: all their inputs pass by at each step
 constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
+constexpr int64_t kRowsBeside = 8;          // (query, head) pairs up to which tiles of several heads are read together
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
 constexpr int64_t kSerialProducts = 1 << 21;  // likewise for linears, where to read a weight is worth kReadWeight of them
@@ -76,7 +78,7 @@ int64_t cost_of(const Attend& a, int64_t keys, int64_t rows) { return keys * (ro
 void add_task(const Attend& a, int32_t tile, int32_t begin, Plan* plan) {
   const Tile& t = plan->tiles[tile];
   const int64_t cost = cost_of(a, keys_of(a, t) - int64_t{begin} * kChunk, rows_of(a, t));
-  plan->tasks.push_back({int32_t(plan->members.size()), 1, begin, t.chunks, cost});
+  plan->tasks.push_back({int32_t(plan->members.size()), 1, begin, t.chunks, cost, 1});
   plan->members.push_back(tile);
   plan->cost += cost;
 }
@@ -171,7 +173,7 @@ class Joiner {
     cost += cost_of(a, shared_keys, rows);
     plan->most_rows = std::max(plan->most_rows, rows);
     for (int32_t head = 0; head < a.kv_heads; ++head) {
-      plan->tasks.push_back({int32_t(plan->members.size()), int32_t(end - begin), chunk, chunk + 1, cost});
+      plan->tasks.push_back({int32_t(plan->members.size()), int32_t(end - begin), chunk, chunk + 1, cost, 1});
       plan->cost += cost;
       for (size_t i = begin; i < end; ++i) {
         keep_partials(a, &plan->tiles[order[i] + head], plan);
@@ -204,6 +206,30 @@ void split(const Attend& a, int64_t share, size_t index, Plan* plan) {
     else part.first = task.first + begin, part.count = end - begin;
     if (i == 0) plan->tasks[index] = part;
     else plan->tasks.push_back(part);
+  }
+}
+
+const Tile& tile_of(const Plan& plan, const Task& task) { return plan.tiles[plan.members[task.first]]; }
+
+// The long ones first, so that none ends alone; as they lie in memory where they are equally long.
+void order(Plan* plan) {
+  const auto key = [&](const Task& task) {
+    const Tile& tile = tile_of(*plan, task);
+    return std::make_tuple(-task.cost, tile.row, tile.first, task.begin, tile.kv_head);
+  };
+  std::stable_sort(plan->tasks.begin(), plan->tasks.end(),
+                   [&](const Task& x, const Task& y) { return key(x) < key(y); });
+}
+
+// Small tiles of one row's heads whose chunks are the same.
+void find_beside(const Attend& a, Plan* plan) {
+  const auto few = [&](const Task& t) { return t.count == 1 && rows_of(a, tile_of(*plan, t)) <= kRowsBeside; };
+  for (size_t i = plan->tasks.size(); i-- > 1;) {
+    const Task &next = plan->tasks[i], &task = plan->tasks[i - 1];
+    const Tile &x = tile_of(*plan, task), &y = tile_of(*plan, next);
+    const bool same = x.row == y.row && x.first == y.first && x.kv_head + 1 == y.kv_head && task.begin == next.begin &&
+                      task.end == next.end && (x.partials < 0) == (y.partials < 0);
+    if (same && few(task) && few(next) && next.beside < kBeside) plan->tasks[i - 1].beside = next.beside + 1;
   }
 }
 
@@ -265,30 +291,35 @@ void make_plan(const Attend& a, int threads, Plan* plan) {
   plan->cost = plan->most_rows = plan->partial_floats = 0;
   for (int64_t row = 0; row < a.rows; ++row) add_tiles(a, row, plan);
   Joiner(a, plan).add_tasks();
-  if (threads == 1 || plan->cost < kSerialCost) return;
-  const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
-  for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
-  const auto costlier = [](const Task& x, const Task& y) { return x.cost > y.cost; };
-  std::stable_sort(plan->tasks.begin(), plan->tasks.end(), costlier);  // the long ones first, so that none ends alone
+  if (threads > 1 && plan->cost >= kSerialCost) {
+    const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
+    for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
+    order(plan);
+  }
+  find_beside(a, plan);
 }
 
 void attend_together(const Attend& a, const Plan& plan, float* partials, Turns* turns, const Member& me) {
   const Variant& kernels = chosen();
-  float* scratch = scratch_buffer.reserve(kernels.scratch_size(a, plan.most_rows));
+  float* scratch = scratch_buffer.reserve(kBeside * kernels.scratch_size(a, plan.most_rows));
   kernels.write(a, me.begin(a.written), me.end(a.written), scratch);
   if (me.index == 0) clear_padding(a);
   turns->tasks.deal(me, plan.tasks.size());
   turns->tiles.deal(me, plan.tiles.size());
   me.wait();
-  for (int64_t t; (t = turns->tasks.take(me)) >= 0;) {
-    const Task& task = plan.tasks[t];
-    const Company company = {plan.tiles.data(), plan.members.data() + task.first, task.count};
-    kernels.attend(a, company, task.begin, task.end, scratch, partials);
+  const auto beside = [&](int64_t task) { return plan.tasks[task].beside; };
+  for (Range now; !(now = turns->tasks.take(me, beside)).empty();) {
+    Company companies[kBeside];
+    for (int64_t i = now.begin; i < now.end; ++i)
+      companies[i - now.begin] = {plan.tiles.data(), plan.members.data() + plan.tasks[i].first, plan.tasks[i].count};
+    const Task& task = plan.tasks[now.begin];
+    kernels.attend(a, companies, now.end - now.begin, task.begin, task.end, scratch, partials);
   }
   if (!plan.partial_floats) return;
   me.wait();
-  for (int64_t t; (t = turns->tiles.take(me)) >= 0;)
-    if (plan.tiles[t].partials >= 0) kernels.merge(a, plan.tiles[t], scratch, partials);
+  const auto one = [](int64_t) { return 1; };
+  for (Range now; !(now = turns->tiles.take(me, one)).empty();)
+    if (plan.tiles[now.begin].partials >= 0) kernels.merge(a, plan.tiles[now.begin], scratch, partials);
 }
 
 void attend(const Attend& a, int threads) {
@@ -318,11 +349,12 @@ void linear_together(const Linear& a, Turns* turns, const Member& me) {
   kernels.prepare(a, me.begin(a.rows), me.end(a.rows));
   const int64_t blocks = a.weight.blocks(), steps = a.rows > kRowsAtOnce ? kStepsOfMany : kStepsOfFew;
   const int64_t step = std::max<int64_t>(1, blocks / (me.count * steps));
-  turns->blocks.deal(me, (blocks + step - 1) / step);
+  const auto at_once = [&](int64_t) { return step; };
+  turns->blocks.deal(me, blocks);
   me.wait();
-  for (int64_t i; (i = turns->blocks.take(me)) >= 0;)
+  for (Range now; !(now = turns->blocks.take(me, at_once)).empty();)
     for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
-      kernels.multiply(a, i * step, std::min(blocks, (i + 1) * step), row, std::min(a.rows, row + kRowsAtOnce));
+      kernels.multiply(a, now.begin, now.end, row, std::min(a.rows, row + kRowsAtOnce));
   me.wait();
 }
 

@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -69,8 +70,13 @@ struct Member {
   void wait() const { barrier.wait(count); }  // for all of them
 };
 
-// The numbers [0, n), dealt to a team. Each member takes those of its own part from the front, so that what it reads lies
-// side by side and is fetched ahead for nobody else; then those that others have left, from the back.
+struct Range {
+  int64_t begin = 0, end = 0;
+  bool empty() const { return begin >= end; }
+};
+
+// The numbers [0, n), dealt to a team. Each member takes those of its own part from the front, so that it reads one run
+// of memory and fetches nothing ahead that another one reads; then, one by one, what others have left, from the back.
 class Shares {
  public:
   explicit Shares(int64_t members) : parts_(members) {}
@@ -78,23 +84,34 @@ class Shares {
   void deal(const Member& me, int64_t n) {
     parts_[me.index].range.store(static_cast<uint64_t>(me.begin(n)) << 32 | me.end(n), std::memory_order_release);
   }
-  // -1: there are none left.
-  int64_t take(const Member& me) {
-    int64_t taken = -1;
-    for (int64_t i = 0; i < me.count && taken < 0; ++i) taken = parts_[(me.index + i) % me.count].take(i == 0);
+  // Empty: there are none left. `at_once` says how many may be taken together from a number on.
+  template <class F>
+  Range take(const Member& me, F at_once) {
+    Range taken = parts_[me.index].take_front(at_once);
+    for (int64_t i = 1; i < me.count && taken.empty(); ++i) taken = parts_[(me.index + i) % me.count].take_back();
     return taken;
   }
 
  private:
   struct alignas(64) Part {
     std::atomic<uint64_t> range{0};  // its first number in the upper half, its end in the lower
-    int64_t take(bool front) {
+    template <class F>
+    Range take_front(F at_once) {
+      return take([&](int64_t begin, int64_t end) { return Range{begin, std::min(end, begin + at_once(begin))}; });
+    }
+    Range take_back() {
+      return take([](int64_t, int64_t end) { return Range{end - 1, end}; });
+    }
+    template <class F>
+    Range take(F choose) {
       uint64_t now = range.load(std::memory_order_acquire);
-      while (now >> 32 < static_cast<uint32_t>(now)) {
-        const uint64_t then = front ? now + (uint64_t{1} << 32) : now - 1;
-        if (range.compare_exchange_weak(now, then)) return front ? now >> 32 : static_cast<uint32_t>(then);
+      while (true) {
+        const int64_t begin = now >> 32, end = static_cast<uint32_t>(now);
+        if (begin >= end) return {};
+        const Range taken = choose(begin, end);
+        const uint64_t left = taken.begin == begin ? static_cast<uint64_t>(taken.end) << 32 | end : now - 1;
+        if (range.compare_exchange_weak(now, left)) return taken;
       }
-      return -1;
     }
   };
   std::vector<Part> parts_;
@@ -111,6 +128,7 @@ struct Task {
   int32_t first, count;  // of its tiles in Plan::members
   int32_t begin, end;    // chunks [begin, end)
   int64_t cost;
+  int32_t beside;  // tasks from this one on that are alike but for their heads, to be taken together
 };
 
 struct Plan {

@@ -8,6 +8,7 @@ namespace keypast {
 // values from scratch, and chunks are merged in order, so a query's bits do not depend on how work is shared out.
 constexpr int kChunk = 512;
 constexpr int kLanes = 16;  // keys (or channels) in one vector, on every instruction set
+constexpr int kBeside = 4;  // kv heads attended side by side
 constexpr int kTileRows = 96;  // (query, head) pairs in one tile, unless a single query has more heads
 
 enum class DType { f16, bf16, f32 };
@@ -139,9 +140,11 @@ struct Variant {
   int64_t (*scratch_size)(const Attend&, int64_t rows);
   int64_t (*partial_size)(const Attend&, int64_t rows);
   void (*write)(const Attend&, int64_t first_token, int64_t last_token, float* scratch);
-  // Attends chunks [begin, end). A tile with a place in `partials` leaves one per chunk there; one without, which is
-  // alone, is finished.
-  void (*attend)(const Attend&, const Company&, int begin, int end, float* scratch, float* partials);
+  // Attends chunks [begin, end), for up to kBeside companies: several of them are one tile each, of different heads of
+  // the same queries, and each has its own scratch_size() of `scratch`. A tile with a place in `partials` leaves one per
+  // chunk there; one without, which is alone in its company, is finished.
+  void (*attend)(const Attend&, const Company*, int64_t companies, int begin, int end, float* scratch,
+                 float* partials);
   // Of a tile that left partials: makes its output of them.
   void (*merge)(const Attend&, const Tile&, float* scratch, float* partials);
   void (*rms_norm)(const Norm&, int64_t begin, int64_t end);

@@ -9,7 +9,6 @@
 
 namespace keypast::KEYPAST_VARIANT {
 
-constexpr int kAhead = 4;  // vectors of keys or values between fetching and reading
 constexpr float kMasked = -1.0f;
 
 // How many vectors of accumulators a group of M rows keeps per row, as registers allow.
@@ -30,6 +29,7 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 //   value   sums[m][16 n ..] = sum over keys j of weights[m][j] * values[j][16 n ..]. Keys that begin behind the
 //           chunk's start add to what is there. From `whole` on, masked keys are stepped over one by one: what lies in
 //           their slots must not be touched. `values` begin with the keys.
+// With kFetch, what stands `ahead` vectors further on is fetched.
 
 struct InFloats {
   using Packed = float;
@@ -79,8 +79,8 @@ struct InFloats {
   }
 
   template <int M, int N, bool kFetch, class T>
-  KEYPAST_INLINE void score(const float* q, int64_t q_stride, const T* const* keys, int64_t stride, int64_t dim,
-                            float* scores) {
+  KEYPAST_INLINE void score(const float* q, int64_t q_stride, const T* const* keys, int ahead, int64_t stride,
+                            int64_t dim, float* scores) {
     // A line of the cache holds kStep channels of these 16 keys, or one channel of theirs and their neighbours':
     // fetching every kStep-th channel, from n % kStep on, reaches every line either way.
     constexpr int kStep = 4 / sizeof(T);
@@ -90,7 +90,7 @@ struct InFloats {
     int64_t d = 0;
     for (; d + kStep <= dim; d += kStep) {
       if (kFetch)
-        KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % kStep) * stride);
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + ahead] + (d + n % kStep) * stride);
       KEYPAST_UNROLL for (int i = 0; i < kStep; ++i)
         score_channel(q + (d + i) * q_stride, keys, (d + i) * stride, sums);
     }
@@ -100,8 +100,8 @@ struct InFloats {
   }
 
   template <int M, int N, bool kFetch, class T>
-  KEYPAST_INLINE void value(const float* weights, const T* const* values, int64_t offset, int64_t stride,
-                            const Keys& keys, float* sums, int64_t sums_stride) {
+  KEYPAST_INLINE void value(const float* weights, const T* const* values, int ahead, int64_t offset,
+                            int64_t stride, const Keys& keys, float* sums, int64_t sums_stride) {
     Vec acc[M][N];
     KEYPAST_UNROLL for (int m = 0; m < M; ++m)
       KEYPAST_UNROLL for (int n = 0; n < N; ++n)
@@ -111,7 +111,7 @@ struct InFloats {
     int key = 0;
     while (key < whole) {
       const T* row = values[key / kLanes] + offset;
-      const T* later = values[key / kLanes + (kFetch ? kAhead : 0)] + offset;
+      const T* later = values[key / kLanes + (kFetch ? ahead : 0)] + offset;
       const int end = (int)least(key + kLanes, whole);
       for (; key < end; ++key, row += stride, later += stride) {
         if (kFetch)
@@ -195,14 +195,14 @@ struct InPairs {
   }
 
   template <int M, int N, bool kFetch, class T>
-  KEYPAST_INLINE void score(const Packed* q, int64_t q_stride, const T* const* keys, int64_t stride, int64_t dim,
-                            float* scores) {
+  KEYPAST_INLINE void score(const Packed* q, int64_t q_stride, const T* const* keys, int ahead, int64_t stride,
+                            int64_t dim, float* scores) {
     __m512 sums[M][N];
     KEYPAST_UNROLL for (int m = 0; m < M; ++m)
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
     for (int64_t d = 0; d < dim; d += 2, q += q_stride) {
       if (kFetch)  // as in floats, of 16-bit keys
-        KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + kAhead] + (d + n % 2) * stride);
+        KEYPAST_UNROLL for (int n = 0; n < N; ++n) __builtin_prefetch(keys[n + ahead] + (d + n % 2) * stride, 0, 0);
       __m512i k[N];
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) k[n] = pair_at(keys[n], d, stride);
       KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -215,8 +215,8 @@ struct InPairs {
   }
 
   template <int M, int N, bool kFetch, class T>
-  KEYPAST_INLINE void value(const float* weights, const T* const* values, int64_t offset, int64_t stride,
-                            const Keys& keys, float* sums, int64_t sums_stride) {
+  KEYPAST_INLINE void value(const float* weights, const T* const* values, int ahead, int64_t offset,
+                            int64_t stride, const Keys& keys, float* sums, int64_t sums_stride) {
     __m512 acc[M][N];
     KEYPAST_UNROLL for (int m = 0; m < M; ++m)
       KEYPAST_UNROLL for (int n = 0; n < N; ++n)
@@ -225,12 +225,12 @@ struct InPairs {
     const int whole = (keys.whole - keys.begin) / 2 * 2, end_key = keys.end - keys.begin;
     int key = 0;
     while (key < whole) {
-      const T *from = values[key / kLanes] + offset, *later = values[key / kLanes + (kFetch ? kAhead : 0)] + offset;
+      const T *from = values[key / kLanes] + offset, *later = values[key / kLanes + (kFetch ? ahead : 0)] + offset;
       const int first = key, end = (int)least(key + kLanes, whole);
       for (; key < end; key += 2) {
         if (kFetch)
           KEYPAST_UNROLL for (int i = 0; i < 2 * N * kLanes; i += 32)
-            __builtin_prefetch(later + (key - first + i / (N * kLanes)) * stride + i % (N * kLanes));
+            __builtin_prefetch(later + (key - first + i / (N * kLanes)) * stride + i % (N * kLanes), 0, 0);
         __m512i v[N];
         KEYPAST_UNROLL for (int n = 0; n < N; ++n) v[n] = pair_at(from + n * kLanes, key - first, stride);
         KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
@@ -302,30 +302,31 @@ struct InPairs {
 #endif
 
 template <class Products, int M, bool kFetch, class T>
-static void score_group(const typename Products::Packed* q, int64_t q_stride, const T* const* keys, int64_t stride,
-                        int64_t dim, int vecs, float* s) {
+static void score_group(const typename Products::Packed* q, int64_t q_stride, const T* const* keys, int ahead,
+                        int64_t stride, int64_t dim, int vecs, float* s) {
   int n = 0;
   if constexpr (kWide<M> >= 4)
     for (; vecs - n >= 4; n += 4)
-      Products::template score<M, 4, kFetch>(q, q_stride, keys + n, stride, dim, s + n * kLanes);
+      Products::template score<M, 4, kFetch>(q, q_stride, keys + n, ahead, stride, dim, s + n * kLanes);
   if constexpr (kWide<M> >= 2)
     for (; vecs - n >= 2; n += 2)
-      Products::template score<M, 2, kFetch>(q, q_stride, keys + n, stride, dim, s + n * kLanes);
-  for (; n < vecs; ++n) Products::template score<M, 1, kFetch>(q, q_stride, keys + n, stride, dim, s + n * kLanes);
+      Products::template score<M, 2, kFetch>(q, q_stride, keys + n, ahead, stride, dim, s + n * kLanes);
+  for (; n < vecs; ++n)
+    Products::template score<M, 1, kFetch>(q, q_stride, keys + n, ahead, stride, dim, s + n * kLanes);
 }
 
 template <class Products, int M, bool kFetch, class T>
-static void value_group(const float* weights, const T* const* values, int64_t stride, const Keys& keys, float* sums,
-                        int64_t width) {
+static void value_group(const float* weights, const T* const* values, int ahead, int64_t stride,
+                        const Keys& keys, float* sums, int64_t width) {
   int64_t i = 0;
   if constexpr (kWide<M> >= 4)
     for (; width - i >= 4 * kLanes; i += 4 * kLanes)
-      Products::template value<M, 4, kFetch>(weights, values, i, stride, keys, sums + i, width);
+      Products::template value<M, 4, kFetch>(weights, values, ahead, i, stride, keys, sums + i, width);
   if constexpr (kWide<M> >= 2)
     for (; width - i >= 2 * kLanes; i += 2 * kLanes)
-      Products::template value<M, 2, kFetch>(weights, values, i, stride, keys, sums + i, width);
+      Products::template value<M, 2, kFetch>(weights, values, ahead, i, stride, keys, sums + i, width);
   for (; i < width; i += kLanes)
-    Products::template value<M, 1, kFetch>(weights, values, i, stride, keys, sums + i, width);
+    Products::template value<M, 1, kFetch>(weights, values, ahead, i, stride, keys, sums + i, width);
 }
 
 }  // namespace keypast::KEYPAST_VARIANT
