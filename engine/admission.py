@@ -1,6 +1,7 @@
 """Whether an append may start: its inputs against the model's spec, its lengths against the session. No tensors."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -47,9 +48,12 @@ def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
 
 def check_want(spec: ModelSpec, want: Want) -> None:
     """Raises InvalidInput for an output that the model does not have, or an option out of range."""
-    if want == NOTHING_MORE:
-        return
-    outputs = {tensor.name for tensor in spec.outputs}
+    if want != NOTHING_MORE:
+        _check_want(spec.name, spec.output_names, spec.vocab_size, want)
+
+
+@lru_cache(maxsize=1024)  # the steps of a session want the same
+def _check_want(model: str, outputs: frozenset[str], vocab_size: int | None, want: Want) -> None:
     asked = {
         "logits": want.logits != "none",
         "top_logprobs": want.top_logprobs != 0,
@@ -60,10 +64,10 @@ def check_want(spec: ModelSpec, want: Want) -> None:
     gives = {"sample": "next_token", "need_weights": "attn_weights"}
     for option, on in asked.items():
         if on and gives.get(option, option) not in outputs:
-            raise InvalidInput(option, f"model {spec.name} gives {', '.join(sorted(outputs))}")
+            raise InvalidInput(option, f"model {model} gives {', '.join(sorted(outputs))}")
     for name, most in (("top_logprobs", want.top_logprobs), ("token_top_logprobs", want.token_top_logprobs)):
-        if spec.vocab_size is not None and not 0 <= most <= spec.vocab_size:
-            raise InvalidInput(name, f"must be 0 to {spec.vocab_size}")
+        if vocab_size is not None and not 0 <= most <= vocab_size:
+            raise InvalidInput(name, f"must be 0 to {vocab_size}")
     sample = want.sample
     if sample is None:
         return
@@ -181,10 +185,9 @@ def check_fits(field: str, after: list[int], session: Session, room: Room) -> No
 
 
 def _check_known(spec: ModelSpec, append: Append) -> None:
-    known = {tensor.name for tensor in spec.inputs}
-    if not append.inputs.keys() <= known:
-        name = next(name for name in append.inputs if name not in known)
-        raise InvalidInput(name, f"model {spec.name} takes {', '.join(sorted(known))}")
+    if not append.inputs.keys() <= spec.input_names:
+        name = next(name for name in append.inputs if name not in spec.input_names)
+        raise InvalidInput(name, f"model {spec.name} takes {', '.join(sorted(spec.input_names))}")
 
 
 def _check_present(spec: ModelSpec, append: Append) -> None:

@@ -267,6 +267,7 @@ class Work:
     submitted_at: float
     queries: int | None = None
     started_at: float | None = None  # first scheduled
+    told: bool = False  # its future runs, and can be cancelled no more
     compute_ms: float = 0.0
     reserved: bool = False
     keep: bool = True  # else it is rolled back at its end, too

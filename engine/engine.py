@@ -143,7 +143,8 @@ class Engine(Books):
                 if batch is None:
                     continue
                 for work in batch.works:
-                    if work.future is not None and not work.future.running() and not work.future.done():
+                    if work.future is not None and not work.told:
+                        work.told = True
                         work.future.set_running_or_notify_cancel()  # from here on it commits
             ran = True
             self._run(served, batch)

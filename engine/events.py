@@ -16,7 +16,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from engine.errors import InvalidInput
 from engine.session import Session
@@ -39,6 +39,9 @@ class SessionEvent(NamedTuple):
     version: int
     valid_length: array[int]
     parent: str | None
+
+
+_Event: TypeAlias = "tuple[EventKind, float, str, str, int, array[int], str | None]"  # without its id, which few read
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +84,15 @@ class EventLog:
             return {kind: self._counts[model, kind] for kind in get_args(EventKind)}
 
     def emit(self, kind: EventKind, session: Session) -> None:
-        lengths = array("i", session.valid_length)
+        lengths, now = array("i", session.valid_length), self._clock()
         with self._lock:
             self._counts[session.model, kind] += 1
             ring = self._ring(session.tenant)
-            event = SessionEvent(
-                ring.id(ring.end),
-                kind,
-                self._clock(),
-                session.id,
-                session.model,
-                session.version,
-                lengths,
-                session.parent,
-            )
-            ring.add(event)
-            ring.sessions += _BIRTHS.get(kind, 0)
-            self._note(session.tenant, ring, event.at)
-            self._forget(event.at)
+            ring.add((kind, now, session.id, session.model, session.version, lengths, session.parent))
+            if births := _BIRTHS.get(kind):
+                ring.sessions += births
+                self._note(session.tenant, ring, now)
+            self._forget(now)
 
     def watch(self, tenant: str, after: str | None, tell: Callable[[], object]) -> Watch:
         """A reader's place: after the event of that id, else after the last one there is.
@@ -187,7 +181,7 @@ class _Ring:
         self.readers = 0
         self._name = secrets.token_hex(4)
         self._size = size
-        self._events: list[SessionEvent] = []
+        self._events: list[_Event] = []
 
     @property
     def start(self) -> int:
@@ -206,7 +200,7 @@ class _Ring:
             raise InvalidInput("Last-Event-ID", f"is of no event yet; the last one is {self.id(self.end - 1)}")
         return int(match[2])
 
-    def add(self, event: SessionEvent) -> None:
+    def add(self, event: _Event) -> None:
         if len(self._events) < self._size:
             self._events.append(event)
         else:
@@ -217,4 +211,5 @@ class _Ring:
             tell()
 
     def read(self, at: int, limit: int) -> list[SessionEvent]:
-        return [self._events[number % self._size] for number in range(at, min(self.end, at + limit))]
+        numbers = range(at, min(self.end, at + limit))
+        return [SessionEvent(self.id(number), *self._events[number % self._size]) for number in numbers]

@@ -11,6 +11,10 @@ def gather(work: Work) -> dict[str, Any]:
     """Outputs by name. What a row gives per position becomes (B, n, ...), zero where a row is shorter; arrays that it
     gives once are padded to the largest and stacked; anything else is a list with None for a row that gave nothing."""
     outputs: dict[str, Any] = dict(work.outputs)
+    if len(work.results) == 1 == len(work.results[0]):  # a step of one row
+        only = work.results[0][0]
+        outputs |= {name: value[np.newaxis] for name, value in only.positions.items()}
+        return outputs | {name: _as_row(value) for name, value in only.once.items()}
     for name in _names(work, "positions"):
         rows = [[chunk.positions[name] for chunk in chunks] for chunks in work.results]
         outputs[name] = stack_padded([concat(chunks) if chunks else None for chunks in rows])
@@ -18,6 +22,10 @@ def gather(work: Work) -> dict[str, Any]:
         values = [next((chunk.once[name] for chunk in chunks if name in chunk.once), None) for chunks in work.results]
         outputs[name] = stack_padded(values) if any(isinstance(value, np.ndarray) for value in values) else values
     return outputs
+
+
+def _as_row(value: Any) -> Any:  # noqa: ANN401 - what a model gives
+    return value[np.newaxis] if isinstance(value, np.ndarray) else [value]
 
 
 def stack_padded(arrays: list[Array | None]) -> Array:

@@ -181,13 +181,13 @@ class Scheduler:
                 return
 
     def _reserve(self, work: Work) -> bool:
-        pairs = list(zip(work.session.sequences, work.new, strict=True))
-        taken = self.pool.take(self.needed(work), work.session.tenant)
+        sequences = work.session.sequences
+        needed = list(map(self.blocks_needed, sequences, work.new))
+        taken = self.pool.take(sum(needed), work.session.tenant)
         if taken is None:
             return False
-        for sequence, new in pairs:
-            needed = self.blocks_needed(sequence, new)
-            blocks, taken = taken[:needed], taken[needed:]
+        for sequence, new, count in zip(sequences, work.new, needed, strict=True) if taken else ():
+            blocks, taken = taken[:count], taken[count:]
             if new and self._writes_shared(sequence):
                 at = sequence.length // self._block_size
                 shared, own = sequence.block_table[at], blocks.pop()

@@ -1,6 +1,7 @@
 """What a model is to the rest of the engine: data, never code. Dtypes are names ("float16")."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Axis = Literal["n", "m"]  # n positions that ask, m positions that are asked: keys and values
@@ -37,7 +38,7 @@ class KVSpec:
         return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what every step asks for is worked out once
 class ModelSpec:
     """A loaded model as its callers see it.
 
@@ -62,6 +63,14 @@ class ModelSpec:
     aligned: bool = False
     history: str | None = None
     vocab_size: int | None = None
+
+    @cached_property
+    def input_names(self) -> frozenset[str]:
+        return frozenset(tensor.name for tensor in self.inputs)
+
+    @cached_property
+    def output_names(self) -> frozenset[str]:
+        return frozenset(tensor.name for tensor in self.outputs)
 
     def past_tensors(self, rows: int, slots: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Numpy dtype and shape of each array of a past off the device, by name, in MindSpore's layout."""
