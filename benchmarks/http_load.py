@@ -1,9 +1,11 @@
 """What HTTP costs: one request a step, against the engine alone and against a route that does nothing.
 
     overhead    a step of the raw layer, binary, 1 connection: the request's time less the engine's, against
-                the same number of bytes echoed by a FastAPI route and by a bare ASGI app
+                the same number of bytes echoed by a FastAPI route, by one that hands them to another thread and back,
+                and by a bare ASGI app
     steps       decoder steps a second at 16 and 64 connections, each stepping its own session, against the same engine
-                in process stepping as many sessions in one batch
+                in process stepping as many sessions in one batch, and against what would be left of that if each
+                step also took what a request to that FastAPI route takes, as many connections asking at once
 
 The client is the load tester's connection, in this process; server and client share the machine's cores. Bounds: the
 other side.
@@ -16,6 +18,7 @@ import asyncio
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import Self
 
@@ -29,8 +32,10 @@ from keypast.loadtest.connection import Address
 from keypast.loadtest.connection import Connection as Raw
 from keypast.wire import dump_tensors
 
+GOALS = {"fastapi_app": 1.5, "handing_app": None, "bare_app": None}  # how many times as long ours may take
 HIDDEN, CONTEXT, CALLS = 512, 256, 400
 CONNECTIONS = (16, 64)
+STEP = b'{"token_ids":[[7]],"sample":{"temperature":0}}'
 
 
 class Repeated:
@@ -90,33 +95,46 @@ async def echo_ms(port: int, size: int) -> float:
     return statistics.median(times)
 
 
-async def steps_a_second(port: int, connections: int, seconds: float) -> float:
-    """Every connection steps its own session as fast as replies come."""
-    sessions = []
-    for index in range(connections):
-        connection, session = await open_session(port, "model")
-        await connection.call("POST", f"{session}/prefill", {"token_ids": [prompt(index, CONTEXT)]})
-        await connection.close()
-        sessions.append(session)
-    body = b'{"token_ids":[[7]],"sample":{"temperature":0}}'
+async def asked_a_second(port: int, asks: list[tuple[str, bytes, str]], seconds: float) -> float:
+    """Every connection asks for its own path with its own body, of that type, as fast as replies come."""
     until = time.perf_counter() + seconds
 
-    async def drive(session: str) -> int:
+    async def drive(path: str, body: bytes, content_type: str) -> int:
         done = 0
-        async with Repeated(port, f"{session}/step", body, "application/json") as raw:
+        async with Repeated(port, path, body, content_type) as raw:
             while time.perf_counter() < until:
                 await raw.call()
                 done += 1
         return done
 
     started = time.perf_counter()
-    done = sum(await asyncio.gather(*map(drive, sessions)))
-    rate = done / (time.perf_counter() - started)
+    done = sum(await asyncio.gather(*(drive(*ask) for ask in asks)))
+    return done / (time.perf_counter() - started)
+
+
+async def steps_a_second(port: int, connections: int, seconds: float) -> float:
+    """Of as many sessions."""
+    sessions = []
+    for index in range(connections):
+        connection, session = await open_session(port, "model")
+        await connection.call("POST", f"{session}/prefill", {"token_ids": [prompt(index, CONTEXT)]})
+        await connection.close()
+        sessions.append(session)
+    rate = await asked_a_second(port, [(f"{session}/step", STEP, "application/json") for session in sessions], seconds)
     connection = Connection(port)
     for session in sessions:
         await connection.call("DELETE", session)
     await connection.close()
     return rate
+
+
+def trivial(runner: asyncio.Runner, app: str) -> Process:
+    """One of `peers.trivial`, which answers."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", f"benchmarks.peers.trivial:{app}", "--port", str(port)]
+    process = Process([*command, "--no-access-log"], {}, port)
+    runner.run(process.ready("/openapi.json"))
+    return process
 
 
 def main() -> None:
@@ -129,26 +147,35 @@ def main() -> None:
     results: list[Pairs] = []
     print(HEADER)
     models = f"model=default layer=attention:hidden={HIDDEN},heads=8"
-    with asyncio.Runner() as runner, Keypast(models=models) as ours:
+    with asyncio.Runner() as runner, Keypast(models=models) as ours, ExitStack() as stack:
         runner.run(ours.ready("/readyz"))
-        for app, goal in (("fastapi_app", 1.5), ("bare_app", None)):
-            port = free_port()
-            command = [sys.executable, "-m", "uvicorn", f"benchmarks.peers.trivial:{app}", "--port", str(port)]
-            with Process([*command, "--no-access-log"], {}, port) as peer:
-                runner.run(peer.ready("/openapi.json"))
-                pairs = Pairs("step of the raw layer less its engine time", app, "ms", "less", goal and 1 / goal)
-                sides = (
-                    lambda: runner.run(layer_overhead_ms(ours.port)),
-                    partial(lambda p: runner.run(echo_ms(p, 3 * 2 * HIDDEN)), port),
-                )
-                results.append(interleave(pairs, *sides, options.rounds))
-        for connections in CONNECTIONS:
-            pairs = Pairs(f"{connections} connections, a request a step", "engine alone", "steps/s", "more", 0.85)
+        ports = {app: stack.enter_context(trivial(runner, app)).port for app in GOALS}
+        for app, goal in GOALS.items():
+            pairs = Pairs("step of the raw layer less its engine time", app, "ms", "less", goal and 1 / goal)
             sides = (
-                partial(lambda n: runner.run(steps_a_second(ours.port, n, options.seconds)), connections),
-                partial(lambda n: n / engine.step_ms(n, CONTEXT) * 1e3, connections),
+                lambda: runner.run(layer_overhead_ms(ours.port)),
+                partial(lambda p: runner.run(echo_ms(p, 3 * 2 * HIDDEN)), ports[app]),
             )
             results.append(interleave(pairs, *sides, options.rounds))
+        for connections in CONNECTIONS:
+
+            def steps(n: int = connections) -> float:
+                return runner.run(steps_a_second(ours.port, n, options.seconds))
+
+            def alone(n: int = connections) -> float:
+                return n / engine.step_ms(n, CONTEXT) * 1e3
+
+            def with_route(n: int = connections) -> float:
+                asks = [("/echo", STEP, "application/json")] * n
+                routes = runner.run(asked_a_second(ports["fastapi_app"], asks, options.seconds))
+                return 1 / (1 / alone(n) + 1 / routes)
+
+            what = f"{connections} connections, a request a step"
+            results.append(
+                interleave(Pairs(what, "engine alone", "steps/s", "more", 0.85), steps, alone, options.rounds)
+            )
+            pairs = Pairs(what, "engine and a route", "steps/s")
+            results.append(interleave(pairs, steps, with_route, options.rounds))
     report("http_load", results, {}, options.save)
 
 
