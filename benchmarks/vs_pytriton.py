@@ -22,18 +22,17 @@ PATH is an interpreter with nvidia-pytriton (`benchmarks/peers/setup.sh` makes o
 import argparse
 import asyncio
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import numpy as np
 
 from benchmarks.peers.compare import HEADER, Pairs, interleave, report
+from benchmarks.peers.http import metrics
 from benchmarks.peers.load import CLIENT, Requests
 from benchmarks.peers.servers import Keypast, Process, free_port
 from keypast import Client, oip
@@ -85,11 +84,10 @@ class Service:
 
     def _turns(self) -> tuple[float, float]:
         """Seconds that the model's turns have taken since the start, and requests in them."""
-        with urlopen(f"http://127.0.0.1:{self.port}/metrics") as reply:
-            told = reply.read().decode()
+        told = metrics(self.port)
 
         def total(what: str) -> float:
-            return sum(map(float, re.findall(rf"^keypast_batch_{what}_sum\{{.*\}} (\S+)$", told, re.MULTILINE)))
+            return sum(value for name, value in told.items() if name.startswith(f"keypast_batch_{what}_sum{{"))
 
         return total("seconds"), total("rows")
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.request import urlopen
 
 from keypast._stream import EventParser
 from keypast.loadtest.connection import Address, Failed
@@ -46,3 +47,11 @@ class Connection:
 
 def _written(body: object) -> bytes:
     return b"" if body is None else json.dumps(body).encode()
+
+
+def metrics(port: int) -> dict[str, float]:
+    """The service's series by name and labels, as they stand."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    series = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in series}
