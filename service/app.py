@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 from keypast.keys import KeysError
 from service import openapi
@@ -13,6 +14,7 @@ from service.auth import PUBLIC, Authenticate, KeyRing
 from service.bodies import Bodies
 from service.direct import Direct
 from service.errors import add_handlers
+from service.finder import Finder
 from service.host import processors
 from service.lifecycle import Load, Service
 from service.limits import RequestRate, Turnstile
@@ -68,8 +70,9 @@ def create_app(load: Load, settings: Settings, tracing: "Tracing | None" = None)
     app.state.service = Service(load, settings) if tracing is None else Service(load, settings, tracing.desk)
     app.state.traffic = Traffic() if tracing is None else tracing.traffic
     app.state.exposition = Exposition(app.state.service, app.state.traffic)
-    for routes in (inference, batch, generation, sessions, past, events, models, oip, openai, admin, health, metrics):
-        app.include_router(routes.router)
+    modules = (inference, batch, generation, sessions, past, events, models, oip, openai, admin, health, metrics)
+    routes = [route for module in modules for route in module.router.routes if isinstance(route, APIRoute)]
+    app.router.routes[:0] = [Finder(routes), *routes]
     add_handlers(app)
     openapi.install(app, PUBLIC)
     app.add_middleware(Direct, inference.router.routes)

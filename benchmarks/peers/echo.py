@@ -6,6 +6,7 @@ import sys
 
 import uvicorn
 from fastapi import Request, Response
+from fastapi.routing import APIRoute
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -28,7 +29,7 @@ def main() -> None:
     settings = Settings(log_level="warning")
     logs.configure(settings.log_level, settings.log_format)
     app = create_app(lambda progress: Loaded(Engine([], EngineConfig()), {}), settings)
-    app.add_api_route("/echo", echo, methods=["POST"], response_class=Response)
+    app.router.routes.insert(0, APIRoute("/echo", echo, methods=["POST"], response_class=Response))  # found at once
     http = Connection.bounded(settings, app.state.traffic)
     uvicorn.run(
         app,
