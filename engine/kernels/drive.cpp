@@ -33,6 +33,7 @@ constexpr int64_t kStepsOfMany = 8;         // likewise for more than kRowsAtOnc
 constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kRowsBeside = 8;          // (query, head) pairs up to which tiles of several heads are read together
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
+constexpr int64_t kTeamCost = 1 << 21;      // the same where a team has yet to be called together, and spins afterwards
 constexpr int64_t kSerialFloats = 1 << 16;  // likewise for norms and gates
 constexpr int64_t kSerialProducts = 1 << 21;  // likewise for linears, where to read a weight is worth kReadWeight of them
 constexpr int64_t kReadWeight = 3;
@@ -284,14 +285,14 @@ void check(const Attend& a) {
   }
 }
 
-void make_plan(const Attend& a, int threads, Plan* plan) {
+void make_plan(const Attend& a, int threads, Plan* plan, int64_t least) {
   plan->tiles.clear();
   plan->members.clear();
   plan->tasks.clear();
   plan->cost = plan->most_rows = plan->partial_floats = 0;
   for (int64_t row = 0; row < a.rows; ++row) add_tiles(a, row, plan);
   Joiner(a, plan).add_tasks();
-  if (threads > 1 && plan->cost >= kSerialCost) {
+  if (threads > 1 && plan->cost >= std::max(least, kSerialCost)) {
     const int64_t share = std::max<int64_t>(1, plan->cost / (threads * kTasksPerThread));
     for (size_t i = 0, n = plan->tasks.size(); i < n; ++i) split(a, share, i, plan);
     order(plan);
@@ -325,10 +326,10 @@ void attend_together(const Attend& a, const Plan& plan, float* partials, Turns* 
 void attend(const Attend& a, int threads) {
   check(a);
   static thread_local Plan plan;  // keeps its vectors' memory
-  make_plan(a, threads, &plan);
+  make_plan(a, threads, &plan, kTeamCost);
   Turns turns(threads);
   float* partials = partial_buffer.reserve(plan.partial_floats);
-  if (threads == 1 || plan.cost < kSerialCost) return attend_together(a, plan, partials, &turns, Member{turns.barrier, 0, 1});
+  if (threads == 1 || plan.cost < kTeamCost) return attend_together(a, plan, partials, &turns, Member{turns.barrier, 0, 1});
   const Plan& work = plan;
 #pragma omp parallel num_threads(threads)
   attend_together(a, work, partials, &turns, Member{turns.barrier});

@@ -139,7 +139,8 @@ struct Plan {
 };
 
 void check(const Attend& args);  // throws std::invalid_argument
-void make_plan(const Attend& args, int threads, Plan* plan);
+// One that costs less than `least` is not split for several threads.
+void make_plan(const Attend& args, int threads, Plan* plan, int64_t least = 0);
 // Writes, waits, attends; the caller waits before anyone reads the result or calls it again.
 void attend_together(const Attend& args, const Plan& plan, float* partials, Turns* turns, const Member& me);
 
