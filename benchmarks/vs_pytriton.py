@@ -119,12 +119,15 @@ def pytriton_version(python: Path) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def compare(ours: Service, echo: Requests, theirs: Requests, options: argparse.Namespace) -> list[Pairs]:
+def compare(
+    ours: Service, bare: Requests, echo: Requests, theirs: Requests, options: argparse.Namespace
+) -> list[Pairs]:
     results = []
     for n in CONNECTIONS:
         seconds, goal = options.seconds, GOALS[n]
         appends, infers = ours.appends(n), ours.infers(n)
         sides: tuple[tuple[str, int | None, Callable[[], float]], ...] = (
+            ("FastAPI", None, partial(us, bare, n, seconds)),
             ("echo route", goal, partial(us, echo, n, seconds)),
             ("append, less engine", goal, partial(ours.less_engine_us, appends, n, seconds)),
             ("append", None, partial(us, appends, n, seconds)),
@@ -144,20 +147,28 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     versions = {"pytriton": pytriton_version(options.python), "client": CLIENT}
-    echo_port, triton_port = free_port(), free_port()
+    echo_port, triton_port, fastapi_port = free_port(), free_port(), free_port()
     echo = [sys.executable, "-m", "benchmarks.peers.echo", str(echo_port)]
+    fastapi = [sys.executable, "-m", "uvicorn", "benchmarks.peers.trivial:fastapi_app", "--port", str(fastapi_port)]
     worker = Path(__file__).parent / "peers" / "pytriton_worker.py"  # -I: it must not find the modules beside it
     with (
         Keypast(models=f"layer=attention:hidden={WIDTH},heads=1", sequence_seconds=str(HOUR)) as keypast,
         Process(echo, {}, echo_port) as plain,
+        Process([*fastapi, "--no-access-log"], {}, fastapi_port) as trivial,
         Process([str(options.python), "-I", str(worker), str(triton_port)], {}, triton_port) as triton,
     ):
-        for process, path in ((keypast, "/readyz"), (plain, "/readyz"), (triton, "/v2/models/echo")):
+        for process, path in (
+            (keypast, "/readyz"),
+            (plain, "/readyz"),
+            (trivial, "/openapi.json"),
+            (triton, "/v2/models/echo"),
+        ):
             asyncio.run(process.ready(path))
+        bare = Requests(fastapi_port, [("/echo", bytes(BYTES))])
         echoed = Requests(echo_port, [("/echo", bytes(BYTES))])
         theirs = infer_requests(triton_port, "echo", {"x": np.ones((1, BYTES // 2), np.float16)}, "y", [{}])
         print(HEADER)
-        results = compare(Service(keypast.port), echoed, theirs, options)
+        results = compare(Service(keypast.port), bare, echoed, theirs, options)
     report("vs_pytriton", results, versions, options.save)
 
 
