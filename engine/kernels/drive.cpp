@@ -30,7 +30,6 @@ constexpr int64_t kJointPerThread = 4;      // tiles attended together that cost
 constexpr int64_t kLeastShared = 64;        // keys of a chunk that rows must have in common to be attended together
 constexpr int64_t kStepsOfFew = 64;         // a linear's outputs are taken in up to so many steps a thread
 constexpr int64_t kStepsOfMany = 8;         // likewise for more than kRowsAtOnce: all their inputs pass by at each step
-constexpr int64_t kRowsAtOnce = 192;        // of a linear: their inputs stay in the second cache while weights pass by
 constexpr int64_t kRowsBeside = 8;          // (query, head) pairs up to which tiles of several heads are read together
 constexpr int64_t kSerialCost = 1 << 19;    // channel x key x rows under which a second thread gains next to nothing
 constexpr int64_t kTeamCost = 1 << 21;      // the same where a team has yet to be called together, and spins afterwards
@@ -353,9 +352,10 @@ void linear_together(const Linear& a, Turns* turns, const Member& me) {
   const auto at_once = [&](int64_t) { return step; };
   turns->blocks.deal(me, blocks);
   me.wait();
-  for (Range now; !(now = turns->blocks.take(me, at_once)).empty();)
-    for (int64_t row = 0; row < a.rows; row += kRowsAtOnce)
-      kernels.multiply(a, now.begin, now.end, row, std::min(a.rows, row + kRowsAtOnce));
+  for (Range now = turns->blocks.take(me, at_once), next; !now.empty(); now = next) {
+    next = turns->blocks.take(me, at_once);  // already, so that it can be fetched meanwhile
+    kernels.multiply(a, now.begin, now.end, next.empty() ? blocks : next.begin);
+  }
   me.wait();
 }
 

@@ -85,6 +85,7 @@ struct Gate {
 // int8:     a bfloat16 scale for each output, then [2 halves][kGroup / 2 pairs][16 outputs][2 inputs]
 constexpr int kGroup = 32;
 constexpr int kOutputs = 32;
+constexpr int64_t kRowsAtOnce = 192;  // of a linear: their inputs stay in the second cache while weights pass by
 
 enum class WeightType { f16, bf16, f32, int8 };
 
@@ -100,6 +101,8 @@ struct Weight {
   WeightType type;
   int64_t groups() const { return (in + kGroup - 1) / kGroup; }
   int64_t blocks() const { return (out + kOutputs - 1) / kOutputs; }
+  int64_t block_bytes() const { return groups() * group_bytes(type); }
+  const char* block(int64_t i) const { return data + i * block_bytes(); }
 };
 
 struct Linear {
@@ -151,8 +154,8 @@ struct Variant {
   void (*silu_gate)(const Gate&, int64_t begin, int64_t end);
   // A linear's inputs as its products want them, rows [begin, end).
   void (*prepare)(const Linear&, int64_t begin, int64_t end);
-  // Outputs of blocks [begin, end) for prepared rows [first, last).
-  void (*multiply)(const Linear&, int64_t begin, int64_t end, int64_t first, int64_t last);
+  // Outputs of blocks [begin, end) for prepared rows. Block `next`, if there is one, is what the same thread does next.
+  void (*multiply)(const Linear&, int64_t begin, int64_t end, int64_t next);
 };
 
 // Variants this machine can run, best first; terminated by null.

@@ -12,6 +12,7 @@ constexpr float kTiniest = 1e-30f;             // activations below count as zer
 constexpr int kHalf = kGroup * kLanes;         // bytes of 16 outputs' 8-bit weights of a group
 constexpr int kHalves = kWidth == 16 ? 2 : 1;  // in a tile: all its sums stay in registers
 constexpr int kFetch = 4096;                   // bytes between fetching a weight and reading it
+constexpr int kPairRows = 14;                  // of a panel where pairs of bfloat16 are multiplied as they are
 
 typedef int16_t PairLane __attribute__((vector_size(kWidth * 4)));
 
@@ -51,13 +52,30 @@ static void quantize_row(const T* x, int64_t width, int16_t* values, float* scal
   scales[0] += sum(faults);
 }
 
-// As floats, or as bfloat16 where products are of pairs of them; zeros behind.
+// As floats, or as bfloat16 where products are of pairs of them; zeros behind. Groups come to lie `step` values apart.
 template <class T, class To>
-static void widen_row(const T* x, int64_t in, int64_t width, To* to) {
+static void widen_row(const T* x, int64_t in, int64_t width, To* to, int64_t step) {
   for (int64_t i = 0; i < width; i += kLanes) {
     const int64_t left = in - i;
-    store(to + i, left <= 0 ? set(0.0f) : load(x + i, left < kLanes ? (int)left : kLanes));
+    store(to + i / kGroup * step + i % kGroup, left <= 0 ? set(0.0f) : load(x + i, left < kLanes ? (int)left : kLanes));
   }
+}
+
+// In which rows are multiplied, equal to within one.
+struct Panels {
+  int64_t rows, count;
+  Panels(int64_t rows, int64_t most) : rows(rows), count((rows + most - 1) / most) {}
+  int64_t first(int64_t panel) const { return rows * panel / count; }
+  int64_t of(int64_t row) const { return ((row + 1) * count - 1) / rows; }
+};
+
+// A panel's rows, group by group, so that one register reaches them all: [groups][rows][kGroup].
+template <class T>
+static void widen_into_panel(const Linear& a, const T* x, int64_t row) {
+  const Panels panels(a.rows, kPairRows);
+  const int64_t panel = panels.of(row), first = panels.first(panel), rows = panels.first(panel + 1) - first;
+  BFloat* to = (BFloat*)a.scratch + first * a.width() + (row - first) * kGroup;
+  widen_row(x, a.weight.in, a.width(), to, rows * kGroup);
 }
 
 KEYPAST_INLINE float* scales_of(const Linear& a) { return a.scratch + a.rows * a.width(); }
@@ -71,9 +89,9 @@ static void prepare(const Linear& a, int64_t begin, int64_t end) {
       if (a.weight.type == WeightType::int8)
         quantize_row(from, in, (int16_t*)a.scratch + row * width, scales_of(a) + row * groups);
       else if (kBf16 && a.weight.type == WeightType::bf16)
-        widen_row(from, in, width, (BFloat*)a.scratch + row * width);
+        widen_into_panel(a, from, row);
       else
-        widen_row(from, in, width, a.scratch + row * width);
+        widen_row(from, in, width, a.scratch + row * width, kGroup);
     }
   });
 }
@@ -155,6 +173,12 @@ struct Rounding {
   }
 };
 
+// Weights to fetch while others are multiplied: `step` bytes further on with each pair of inputs.
+struct Ahead {
+  const char* from;
+  int64_t step;
+};
+
 // Each of these adds to total[m][n] the products of M rows with N times 16 outputs, from the `half`th of a block on, over
 // all groups. `x` is the first row, as `prepare` left it.
 
@@ -163,7 +187,7 @@ struct Integers : Rounding {
   static constexpr WeightType type = WeightType::int8;
   static constexpr int most_rows = 6;  // with two sums for each
   template <int M, int N>
-  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Ahead, Vec (&total)[M][N]) {
     const int64_t groups = a.weight.groups(), stride = a.width();
     const int16_t* x = (const int16_t*)a.scratch + row * stride;
     const float* scales = scales_of(a) + row * groups;
@@ -185,7 +209,7 @@ struct Floats : Rounding {
   static constexpr WeightType type = sizeof(T) == 4 ? WeightType::f32 : WeightType::f16;
   static constexpr int most_rows = kWidth == 16 ? 12 : 6;
   template <int M, int N>
-  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Ahead, Vec (&total)[M][N]) {
     const int64_t width = a.width();
     const float* x = a.scratch + row * width;
     const T* w = (const T*)weight + half * kLanes;
@@ -205,7 +229,7 @@ struct PairsOfFloats : Rounding {  // bfloat16 weights where nothing multiplies 
   static constexpr WeightType type = WeightType::bf16;
   static constexpr int most_rows = kWidth == 16 ? 10 : 5;
   template <int M, int N>
-  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Ahead, Vec (&total)[M][N]) {
     const int64_t width = a.width();
     const float* x = a.scratch + row * width;
     const UIntLane* w = (const UIntLane*)weight + half * kParts;
@@ -246,25 +270,30 @@ struct PairsOfBFloats : Rounding {
     lanes < kLanes ? store(to, x, lanes) : store_bf16(to, x);
   }
   static constexpr WeightType type = WeightType::bf16;
-  static constexpr int most_rows = 12;
+  static constexpr int most_rows = kPairRows;
+  static constexpr int kUnrolled = 4;  // pairs of inputs
   template <int M, int N>
-  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Vec (&total)[M][N]) {
-    const int64_t stride = a.width() * sizeof(BFloat);
-    const char* x = (const char*)a.scratch + row * stride;
+  KEYPAST_INLINE void add(const Linear& a, const char* weight, int half, int64_t row, Ahead ahead, Vec (&total)[M][N]) {
+    constexpr int kRow = kGroup * sizeof(BFloat);
+    const char* x = (const char*)a.scratch + row * a.width() * sizeof(BFloat);
     __m512 sums[M][N];  // not `total`, which the instruction would hold in memory
     KEYPAST_UNROLL for (int m = 0; m < M; ++m)
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < a.width() / 2; ++pair, x += 4, weight += kOutputs * 4) {
-      __m512i w[N];
-      KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
-        __builtin_prefetch(weight + kFetch + n * 64, 0, 0);
-        w[n] = _mm512_loadu_si512(weight + (half + n) * 64);
+    weight += half * 64;
+    for (int64_t group = 0; group < a.weight.groups(); ++group, x += (M - 1) * kRow)
+      for (int pair = 0; pair < kGroup / 2; pair += kUnrolled, x += kUnrolled * 4, weight += kUnrolled * kOutputs * 4) {
+        KEYPAST_UNROLL for (int i = 0; i < kUnrolled; ++i, ahead.from += ahead.step) {
+          __m512i w[N];
+          KEYPAST_UNROLL for (int n = 0; n < N; ++n) {
+            __builtin_prefetch(ahead.from + n * 64, 0, 0);
+            w[n] = _mm512_loadu_si512(weight + i * kOutputs * 4 + n * 64);
+          }
+          KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
+            const __m512i one = (__m512i)both((const int16_t*)(x + m * kRow + i * 4));  // loaded once for all n
+            KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = dot_pairs(sums[m][n], w[n], one);
+          }
+        }
       }
-      KEYPAST_UNROLL for (int m = 0; m < M; ++m) {
-        const __m512i one = (__m512i)both((const int16_t*)(x + m * stride));  // loaded once for all n
-        KEYPAST_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = dot_pairs(sums[m][n], w[n], one);
-      }
-    }
     KEYPAST_UNROLL for (int m = 0; m < M; ++m)
       KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n].part[0] = sums[m][n];
   }
@@ -283,14 +312,16 @@ KEYPAST_INLINE void finish(const Linear& a, T* out, int64_t at, const Vec (&tota
   }
 }
 
-// The outputs of M rows in N halves of a block.
+// The outputs of M rows in N halves of a block. A function of its own: where many are in one, the compiler copies sums
+// from register to register all the time.
 template <class Products, int M, int N>
-static void multiply_tile(const Linear& a, int64_t block, int half, int64_t row) {
+static __attribute__((noinline)) void multiply_tile(const Linear& a, int64_t block, int half, int64_t row,
+                                                    Ahead ahead) {
   const Weight& w = a.weight;
   Vec total[M][N];
   KEYPAST_UNROLL for (int m = 0; m < M; ++m)
     KEYPAST_UNROLL for (int n = 0; n < N; ++n) total[m][n] = set(0.0f);
-  Products::add(a, w.data + block * w.groups() * group_bytes(w.type), half, row, total);
+  Products::add(a, w.block(block), half, row, ahead, total);
   const int64_t at = block * kOutputs + half * kLanes, first = row * w.out + at;
   // No lambda here: one that took hold of `total` would keep it out of registers.
   if (a.out_dtype == DType::bf16) finish<Products>(a, (BFloat*)a.out + first, at, total);
@@ -306,31 +337,44 @@ KEYPAST_INLINE void up_to(int rows, F f) {
   f(Constant<M>{});
 }
 
-// In panels of rows equal to within one.
+// What the `panel`th of `panels` fetches: its share of the block that follows, which so comes in evenly while all of
+// them are multiplied. One that is alone fetches what it reads next.
+KEYPAST_INLINE Ahead share_of(const Weight& w, int64_t block, int64_t follows, int64_t panel, int64_t panels) {
+  constexpr int64_t kPair = kOutputs * 2 * sizeof(BFloat);
+  if (panels == 1) return {w.block(block) + kFetch, kPair};
+  if (follows >= w.blocks()) return {w.data, 0};
+  return {w.block(follows) + w.block_bytes() * panel / panels, kPair / panels};
+}
+
 template <class Products>
-static void multiply_blocks(const Linear& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  const int64_t rows = last - first, panels = (rows + Products::most_rows - 1) / Products::most_rows;
-  for (int64_t block = begin; block < end; ++block)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      const int64_t row = first + rows * panel / panels, next = first + rows * (panel + 1) / panels;
-      up_to<Products::most_rows>((int)(next - row), [&](auto m) {
-        for (int half = 0; half < kOutputs / kLanes; half += kHalves)
-          multiply_tile<Products, m.value, kHalves>(a, block, half, row);
-      });
-    }
+static void multiply_blocks(const Linear& a, int64_t begin, int64_t end, int64_t next) {
+  const Panels panels(a.rows, Products::most_rows);
+  for (int64_t first = 0, last; first < panels.count; first = last) {
+    last = first + kRowsAtOnce / Products::most_rows;
+    if (last > panels.count) last = panels.count;
+    for (int64_t block = begin; block < end; ++block)
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t row = panels.first(panel), rows = panels.first(panel + 1) - row;
+        const Ahead ahead = share_of(a.weight, block, block + 1 < end ? block + 1 : next, panel - first, last - first);
+        up_to<Products::most_rows>((int)rows, [&](auto m) {
+          for (int half = 0; half < kOutputs / kLanes; half += kHalves)
+            multiply_tile<Products, m.value, kHalves>(a, block, half, row, ahead);
+        });
+      }
+  }
 }
 
 template <bool kVnni, bool kBf16>
-static void multiply(const Linear& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+static void multiply(const Linear& a, int64_t begin, int64_t end, int64_t next) {
   switch (a.weight.type) {
-    case WeightType::int8: return multiply_blocks<Integers<kVnni>>(a, begin, end, first, last);
-    case WeightType::f16: return multiply_blocks<Floats<Half>>(a, begin, end, first, last);
-    case WeightType::f32: return multiply_blocks<Floats<float>>(a, begin, end, first, last);
+    case WeightType::int8: return multiply_blocks<Integers<kVnni>>(a, begin, end, next);
+    case WeightType::f16: return multiply_blocks<Floats<Half>>(a, begin, end, next);
+    case WeightType::f32: return multiply_blocks<Floats<float>>(a, begin, end, next);
     case WeightType::bf16:
 #if defined(__AVX512F__)
-      if (kBf16) return multiply_blocks<PairsOfBFloats>(a, begin, end, first, last);
+      if (kBf16) return multiply_blocks<PairsOfBFloats>(a, begin, end, next);
 #endif
-      return multiply_blocks<PairsOfFloats>(a, begin, end, first, last);
+      return multiply_blocks<PairsOfFloats>(a, begin, end, next);
   }
 }
 
