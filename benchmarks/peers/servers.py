@@ -5,7 +5,9 @@ own process, with as many threads as there are cores, and lies idle while anothe
 """
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,7 +53,12 @@ class Process:
     def __init__(self, command: list[str], environment: dict[str, str], port: int) -> None:
         self.port = port
         self._process = subprocess.Popen(
-            command, env={**os.environ, **environment}, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     def __enter__(self) -> Self:
@@ -60,6 +67,8 @@ class Process:
     def __exit__(self, *exc_info: object) -> None:
         self._process.terminate()
         self._process.wait(60)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it started and left behind would disturb what follows
 
     async def ready(self, path: str) -> None:
         for _ in range(3000):
