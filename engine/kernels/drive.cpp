@@ -223,7 +223,10 @@ void order(Plan* plan) {
 
 // Small tiles of one row's heads whose chunks are the same.
 void find_beside(const Attend& a, Plan* plan) {
-  const auto few = [&](const Task& t) { return t.count == 1 && rows_of(a, tile_of(*plan, t)) <= kRowsBeside; };
+  const auto few = [&](const Task& t) {
+    const int64_t rows = rows_of(a, tile_of(*plan, t));  // of one alone, taking turns costs more than it gives
+    return t.count == 1 && 1 < rows && rows <= kRowsBeside;
+  };
   for (size_t i = plan->tasks.size(); i-- > 1;) {
     const Task &next = plan->tasks[i], &task = plan->tasks[i - 1];
     const Tile &x = tile_of(*plan, task), &y = tile_of(*plan, next);
