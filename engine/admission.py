@@ -13,7 +13,6 @@ from engine.session import Session
 from engine.specs import Axis, ModelSpec, TensorSpec
 
 MAX_LABELS = 32
-NOTHING_MORE = Want()
 _NAMES = {np.dtype(name): name for name in ("int64", "float16", "float32", "uint8")}  # dtype.name takes a microsecond
 
 
@@ -48,8 +47,7 @@ def check_inputs(spec: ModelSpec, append: Append, batch_size: int) -> None:
 
 def check_want(spec: ModelSpec, want: Want) -> None:
     """Raises InvalidInput for an output that the model does not have, or an option out of range."""
-    if want != NOTHING_MORE:
-        _check_want(spec.name, spec.output_names, spec.vocab_size, want)
+    _check_want(spec.name, spec.output_names, spec.vocab_size, want)
 
 
 @lru_cache(maxsize=1024)  # the steps of a session want the same
