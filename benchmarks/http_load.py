@@ -16,7 +16,6 @@ other side.
 import argparse
 import asyncio
 import statistics
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -27,7 +26,7 @@ import numpy as np
 from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.http import Connection
 from benchmarks.peers.ours import OurEngine
-from benchmarks.peers.servers import Keypast, Process, free_port, prompt
+from benchmarks.peers.servers import Keypast, Trivial, prompt
 from keypast.loadtest.connection import Address
 from keypast.loadtest.connection import Connection as Raw
 from keypast.wire import dump_tensors
@@ -128,15 +127,6 @@ async def steps_a_second(port: int, connections: int, seconds: float) -> float:
     return rate
 
 
-def trivial(runner: asyncio.Runner, app: str) -> Process:
-    """One of `peers.trivial`, which answers."""
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", f"benchmarks.peers.trivial:{app}", "--port", str(port)]
-    process = Process([*command, "--no-access-log"], {}, port)
-    runner.run(process.ready("/openapi.json"))
-    return process
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -149,7 +139,11 @@ def main() -> None:
     models = f"model=default layer=attention:hidden={HIDDEN},heads=8"
     with asyncio.Runner() as runner, Keypast(models=models) as ours, ExitStack() as stack:
         runner.run(ours.ready("/readyz"))
-        ports = {app: stack.enter_context(trivial(runner, app)).port for app in GOALS}
+        ports = {}
+        for app in GOALS:
+            peer = stack.enter_context(Trivial(app))
+            runner.run(peer.ready("/openapi.json"))
+            ports[app] = peer.port
         for app, goal in GOALS.items():
             pairs = Pairs("step of the raw layer less its engine time", app, "ms", "less", goal and 1 / goal)
             sides = (

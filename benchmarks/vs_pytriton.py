@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.peers.compare import HEADER, Pairs, interleave, report
 from benchmarks.peers.http import metrics
 from benchmarks.peers.load import CLIENT, Requests
-from benchmarks.peers.servers import Keypast, Process, free_port
+from benchmarks.peers.servers import Keypast, Process, Trivial, free_port
 from keypast import Client, oip
 from keypast.wire import OCTETS_TYPE, SAFETENSORS_TYPE, dump_tensors
 
@@ -147,14 +147,13 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     versions = {"pytriton": pytriton_version(options.python), "client": CLIENT}
-    echo_port, triton_port, fastapi_port = free_port(), free_port(), free_port()
+    echo_port, triton_port = free_port(), free_port()
     echo = [sys.executable, "-m", "benchmarks.peers.echo", str(echo_port)]
-    fastapi = [sys.executable, "-m", "uvicorn", "benchmarks.peers.trivial:fastapi_app", "--port", str(fastapi_port)]
     worker = Path(__file__).parent / "peers" / "pytriton_worker.py"  # -I: it must not find the modules beside it
     with (
         Keypast(models=f"layer=attention:hidden={WIDTH},heads=1", sequence_seconds=str(HOUR)) as keypast,
         Process(echo, {}, echo_port) as plain,
-        Process([*fastapi, "--no-access-log"], {}, fastapi_port) as trivial,
+        Trivial("fastapi_app") as trivial,
         Process([str(options.python), "-I", str(worker), str(triton_port)], {}, triton_port) as triton,
     ):
         for process, path in (
@@ -164,7 +163,7 @@ def main() -> None:
             (triton, "/v2/models/echo"),
         ):
             asyncio.run(process.ready(path))
-        bare = Requests(fastapi_port, [("/echo", bytes(BYTES))])
+        bare = Requests(trivial.port, [("/echo", bytes(BYTES))])
         echoed = Requests(echo_port, [("/echo", bytes(BYTES))])
         theirs = infer_requests(triton_port, "echo", {"x": np.ones((1, BYTES // 2), np.float16)}, "y", [{}])
         print(HEADER)

@@ -82,6 +82,15 @@ class Process:
         raise SystemExit("the server did not become ready in five minutes")
 
 
+class Trivial(Process):
+    """One of the applications of `peers.trivial`, by uvicorn."""
+
+    def __init__(self, app: str) -> None:
+        port = free_port()
+        command = [sys.executable, "-m", "uvicorn", f"benchmarks.peers.trivial:{app}", "--port", str(port)]
+        super().__init__([*command, "--no-access-log"], {}, port)
+
+
 class Keypast(Process):
     def __init__(self, model: str = "default", **settings: str) -> None:
         port = free_port()
