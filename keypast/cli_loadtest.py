@@ -320,7 +320,8 @@ async def _first_model(url: str) -> str:
     headers = authorized({}, os.environ.get("OPENAI_API_KEY", ""))
     connection = Connection(Address(url), headers)
     try:
-        reply = await asyncio.wait_for(connection.request("GET", "/v1/models"), 10)
+        async with asyncio.timeout(10):
+            reply = await connection.request("GET", "/v1/models")
         return str(json.loads(reply.body)["data"][0]["id"])
     except Failed as error:
         raise LoadError(f"{error}; is the server at {url}?") from None

@@ -85,7 +85,8 @@ class Worker:
         if self._process.stdin is not None:
             self._process.stdin.close()
         try:
-            await asyncio.wait_for(self._process.wait(), 10)
+            async with asyncio.timeout(10):
+                await self._process.wait()
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
@@ -137,7 +138,7 @@ async def _until_done(found: Run, workers: list[Worker], watch: Watch | None, st
 
     beside = [asyncio.create_task(stopping())]
     if found.plan.target == "keypast":
-        beside.append(asyncio.create_task(_look(found)))
+        beside.append(asyncio.create_task(look_at_memory(found)))
     if watch is not None:
         beside.append(asyncio.create_task(_show(found, watch)))
     try:
@@ -156,12 +157,13 @@ async def _show(found: Run, watch: Watch) -> None:
         await asyncio.sleep(0.25)
 
 
-async def _look(found: Run) -> None:
+async def look_at_memory(found: Run) -> None:
     """At the service's memory; not at all if it does not tell."""
     connection = Connection(Address(found.plan.url), found.plan.headers)
     try:
         while True:
-            reply = await asyncio.wait_for(connection.request("GET", "/v1/capacity"), 10)
+            async with asyncio.timeout(10):
+                reply = await connection.request("GET", "/v1/capacity")
             if reply.status == 200:
                 for pool in json.loads(reply.body)["pools"]:
                     blocks = pool["blocks"]

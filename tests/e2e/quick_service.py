@@ -8,7 +8,7 @@ from tests.service.fakes import Fakes
 
 
 def main() -> int:
-    fakes = Fakes.build()
+    fakes = Fakes.build(blocks=4096)  # nobody waits for a block, however many come at once
     return serve(lambda progress: fakes.loaded(), read_settings())
 
 
