@@ -10,8 +10,8 @@ OpenTelemetry; imported when it is asked for.
         commit                                                                   |------|
       reply       encode, send                                                          |----|
 
-Nothing is timed for it: the engine's clock and the request's were read anyway (`engine.trail`, `service.logs`), and
-spans are made of that when the reply is out. They have routes, statuses, lengths, times and ids, and nothing that a
+The engine reads its clock anyway (`engine.trail`), the request's beginning and end are read by the same one, and spans
+are made of that when the reply is out. They have routes, statuses, lengths, times and ids, and nothing that a
 request or its reply says.
 """
 
@@ -78,6 +78,7 @@ class _Noted:
 class _Request:
     """What one has asked of the engine so far."""
 
+    began: float = field(default_factory=time.time)
     noted: list[_Noted] = field(default_factory=list)
     operations: int = 0
 
@@ -162,13 +163,12 @@ class Tracing:
         except TimeoutError:
             logger.warning("the collector of spans does not answer; the last ones are lost")
 
-    def ended(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+    def ended(self, scope: Scope, method: str, status: int) -> None:
         """Makes the spans of a request that is answered just now. Of a probe there are none."""
         request = _request.get()
         if request is None or scope["path"] in PROBES:
             return
-        ended = time.time()
-        began = ended - seconds
+        began, ended = request.began, time.time()
         span = self._server_span(scope, method, status, began)
         if span.is_recording():
             codes: Sequence[str] = scope["state"].get("problems", ())
@@ -252,7 +252,7 @@ class _Traffic(Traffic):
     def ended(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         super().ended(scope, method, status, seconds)
         try:
-            self._tracing.ended(scope, method, status, seconds)
+            self._tracing.ended(scope, method, status)
         except Exception:  # who looks on must not disturb
             logger.exception("the spans of request %s cannot be made", scope["state"]["request_id"])
 
