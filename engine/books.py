@@ -5,7 +5,6 @@ under one lock, on the caller's thread, and needs no model: create, read, change
 import contextlib
 import math
 import threading
-import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as PySequence
 from concurrent.futures import Future, InvalidStateError
@@ -14,6 +13,7 @@ from typing import Any, Literal, Unpack
 from engine.admission import check_ttl, check_version, merged_labels, row_lengths
 from engine.batch import Once, Operation
 from engine.blocks import blocks_for
+from engine.clock import now
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidInput, ModelNotFound, QueueFull, SessionGone, SessionNotFound
 from engine.events import EventLog, open_sessions
@@ -35,7 +35,7 @@ Closing = Literal["deleted", "expired", "evicted"]
 
 
 class Books:
-    def __init__(self, runners: Iterable[Runner], config: EngineConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, runners: Iterable[Runner], config: EngineConfig, clock: Callable[[], float] = now) -> None:
         self.config = config
         self._clock = clock
         self._lock = threading.RLock()

@@ -17,7 +17,6 @@ request or its reply says.
 
 import asyncio
 import threading
-import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.types import Scope
 
 from engine.batch import AppendResult, Generate, GenerateResult, Operation, Truncate
+from engine.clock import now
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.tally import operation_name
@@ -78,7 +78,7 @@ class _Noted:
 class _Request:
     """What one has asked of the engine so far."""
 
-    began: float = field(default_factory=time.time)
+    began: float = field(default_factory=now)
     noted: list[_Noted] = field(default_factory=list)
     operations: int = 0
 
@@ -87,7 +87,7 @@ class _Request:
         if self.operations > MOST_OPERATIONS:
             return None
         operation.trail = trail = Trail()
-        noted = _Noted(operation, trail, time.time())
+        noted = _Noted(operation, trail, now())
         self.noted.append(noted)
         return noted
 
@@ -168,7 +168,7 @@ class Tracing:
         request = _request.get()
         if request is None or scope["path"] in PROBES:
             return
-        began, ended = request.began, time.time()
+        began, ended = request.began, now()
         span = self._server_span(scope, method, status, began)
         if span.is_recording():
             codes: Sequence[str] = scope["state"].get("problems", ())
