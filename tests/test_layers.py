@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module belongs to the longest prefix that fits. It may import its own layer and the ones listed.
 LAYERS: dict[str, tuple[str, ...]] = {
-    "engine.errors engine.config engine.specs engine.stats engine.trail": ("L0", ""),
+    "engine.errors engine.config engine.specs engine.stats engine.trail engine.clock": ("L0", ""),
     "engine.blocks engine.session engine.batch engine.results engine.admission engine.past engine.generation"
     " engine.expiry engine.shares engine.eviction engine.turns engine.events engine.prefix engine.tally": (
         "L1",
