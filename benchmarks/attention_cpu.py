@@ -1,6 +1,7 @@
 """How close the CPU attention kernels come to what the memory and the arithmetic units allow.
 
-Model: 9 query heads, 3 kv heads of 64 channels; bfloat16 queries, float16 cache in blocks of 16, scattered. Every
+Model: 9 query heads, 3 kv heads of 64 channels, or as many as are wanted; bfloat16 queries, float16 cache in blocks of
+16, scattered as they are when a pool has been in use for a while, or in order as a new pool hands them out. Every
 timed call works on the next of many distinct layers: keys and values come from memory, as in a model, not from cache.
 
 Rooflines: a decode step can be no faster than reading its K and V bytes once, measured by a plain vector read of the
@@ -9,7 +10,7 @@ the rate of independent ones, of bfloat16 pairs where the processor has them, el
 torch's SDPA, one call per session, over contiguous caches of fewer layers (no paging, no write, kinder to its caches
 than a model is).
 
-    python benchmarks/attention_cpu.py [--rounds 7] [--threads 2]
+    python -m benchmarks.attention_cpu [--rounds 7] [--threads 2] [--heads 9 3] [--in-order]
 """
 
 import argparse
@@ -30,7 +31,7 @@ from torch import Tensor
 from engine.attention.base import AttentionInputs, Scoring
 from engine.attention.cpu import CpuBackend
 
-HEADS, KV_HEADS, DIM, BLOCK = 9, 3, 64, 16
+DIM, BLOCK = 64, 16
 DECODE = ((1, 256), (16, 256), (1, 2048), (16, 2048), (1, 16384))  # (rows, past length)
 PREFILL = (512, 2048)
 PROBES = r"""
@@ -107,10 +108,10 @@ def probes() -> ctypes.CDLL:
     return loaded
 
 
-def inputs_for(rows: int, past: int, new: int) -> AttentionInputs:
-    """Each row's blocks are scattered over the pool, as they are after a while of serving."""
+def inputs_for(rows: int, past: int, new: int, in_order: bool) -> AttentionInputs:
     width = -(-(past + new) // BLOCK)
-    table = (torch.randperm(rows * width, dtype=torch.int32) + 1).view(rows, width)
+    numbers = torch.arange if in_order else torch.randperm
+    table = (numbers(rows * width, dtype=torch.int32) + 1).view(rows, width)
     positions = torch.arange(past, past + new).repeat(rows)
     slots = table.long().gather(1, (positions // BLOCK).view(rows, new)).flatten() * BLOCK + positions % BLOCK
     return AttentionInputs(
@@ -133,18 +134,19 @@ def timed(run: Callable[[int], object], layers: int) -> float:
 
 
 def measure(
-    backend: CpuBackend, native: ctypes.CDLL, rows: int, past: int, new: int, rounds: int, threads: int
+    backend: CpuBackend, native: ctypes.CDLL, rows: int, past: int, new: int, options: argparse.Namespace
 ) -> Result:
-    inputs = inputs_for(rows, past, new)
+    heads, kv_heads = options.heads
+    inputs = inputs_for(rows, past, new, options.in_order)
     present = past + new
     blocks = int(inputs.block_table.max()) + 1
-    layer_bytes = 2 * blocks * KV_HEADS * BLOCK * DIM * 2
+    layer_bytes = 2 * blocks * kv_heads * BLOCK * DIM * 2
     layers = max(2, min(1024, (3 << 28) // layer_bytes)) if new == 1 else 4
     pool = torch.randn(1, 2, layer_bytes // 4).half().expand(layers, -1, -1).contiguous()  # K, V of each layer in turn
-    k_layers = pool[:, 0].view(layers, blocks, KV_HEADS, DIM, BLOCK).unbind()
-    v_layers = pool[:, 1].view(layers, blocks, KV_HEADS, BLOCK, DIM).unbind()
-    qkv = torch.randn(rows * new, HEADS + 2 * KV_HEADS, DIM, dtype=torch.bfloat16)
-    q, k, v = torch.split(qkv, [HEADS, KV_HEADS, KV_HEADS], dim=1)
+    k_layers = pool[:, 0].view(layers, blocks, kv_heads, DIM, BLOCK).unbind()
+    v_layers = pool[:, 1].view(layers, blocks, kv_heads, BLOCK, DIM).unbind()
+    qkv = torch.randn(rows * new, heads + 2 * kv_heads, DIM, dtype=torch.bfloat16)
+    q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     scoring = Scoring(DIM**-0.5)
 
     def ours(layer: int) -> Tensor:
@@ -152,16 +154,16 @@ def measure(
 
     def limit(layer: int) -> None:
         if new == 1:
-            native.read_bytes(k_layers[layer].data_ptr(), layer_bytes, threads)
+            native.read_bytes(k_layers[layer].data_ptr(), layer_bytes, options.threads)
         else:
-            native.multiply_add(rows * HEADS * DIM * 2 * sum(range(past + 1, present + 1)), threads)
+            native.multiply_add(rows * heads * DIM * 2 * sum(range(past + 1, present + 1)), options.threads)
 
     def sdpa(dtype: torch.dtype) -> Callable[[int], object]:
         some = max(1, min(layers, (1 << 29) // (layer_bytes * dtype.itemsize // 2)))
-        keys = torch.randn(some, 2, 1, KV_HEADS, present, DIM).to(
+        keys = torch.randn(some, 2, 1, kv_heads, present, DIM).to(
             dtype
         )  # one session's; every session of a layer reads it
-        queries = torch.randn(1, HEADS, new, DIM).to(dtype)
+        queries = torch.randn(1, heads, new, DIM).to(dtype)
 
         def run(layer: int) -> None:
             one = keys[layer % some]
@@ -177,7 +179,7 @@ def measure(
         "sdpa_bf16": (sdpa(torch.bfloat16), min(layers, 4)),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, (run, passes) in calls.items():
             times[name].append(timed(run, passes))
     name = f"decode {rows}x{past}" if new == 1 else f"prefill {new}"
@@ -190,6 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--heads", type=int, nargs=2, default=(9, 3), metavar=("QUERY", "KV"))
+    parser.add_argument("--in-order", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backend = CpuBackend(Path.home() / ".cache" / "keypast")
@@ -199,7 +203,7 @@ def main() -> None:
     results = []
     with torch.inference_mode():
         for rows, past, new in [*((r, p, 1) for r, p in DECODE), *((1, 0, n) for n in PREFILL)]:
-            r = measure(backend, native, rows, past, new, arguments.rounds, arguments.threads)
+            r = measure(backend, native, rows, past, new, arguments)
             results.append(r)
             print(
                 f"{r.name:16}{r.ours:9.4f}{r.limit:9.4f}{r.of_limit:10.2f}{r.sdpa_fp32:11.3f}{r.sdpa_bf16:11.3f}"
