@@ -296,14 +296,18 @@ async def test_many_at_once_some_of_whom_leave(start: Start) -> None:
 async def test_a_refusal_midway_leaves_nothing(start: Start) -> None:
     running = await start(quotas={"few": Quota(sessions=3), "a": Quota(concurrent_appends=2)}, settings={"keys": KEYS})
     before = running.state()
+    gate = running.fakes.decoder.gate
     for tenant, body in (
         ("few", {"prompt": "ab", "n": 4}),
         ("few", {"prompt": ["a"] * 4}),
         ("a", {"prompt": ["a"] * 4}),
     ):
+        gate.clear()  # what was taken must not end before the rest comes
+        asyncio.get_running_loop().call_later(0.1, gate.set)
         reply = await running.client.post("/v1/completions", json=body, headers=as_tenant(tenant))
         assert (reply.status_code, reply.json()["error"]["type"]) == (429, "rate_limit_error")
         assert running.fakes.engine.sessions(None) == []
+        await until(gate.is_set)
     await until(lambda: running.state() == before)
     assert (await completion(running, as_tenant("few"), prompt="ab", n=3)).choices[2].text.startswith("c")
     assert running.state() == before, "nor does one that is answered"
